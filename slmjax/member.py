@@ -1,0 +1,303 @@
+"""One run while it trains: its folder, lease, records, checkpoints and data. The devices' side of it is `train`'s."""
+
+import contextlib
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from slmjax import config, data, evaluate, ladder, records, schedules
+from slmjax.checkpoint import Checkpointer
+from slmjax.lease import RunLease
+from slmjax.program import Metrics, Program
+from slmjax.study import Run
+from slmjax.tensorboard import TensorBoard
+
+CHECKPOINT_INTERVAL_S = 60.0  # of log.checkpoint_every=0
+STATUS_INTERVAL_S = 5.0
+
+
+class Member:
+    """Opened, restored, started; then `step` moves, `log`, `evaluated` and `save` record it, and `finish` ends it.
+
+    state is "running" until `finish` or `fail`. saved_step is that of the newest checkpoint, -1 before the first.
+    """
+
+    def __init__(self, run: Run, folder: Path, program: Program):
+        """Takes the run's lease; raises LeaseError when another process holds it."""
+        self.run, self.folder, self.program = run, folder / run.run_id, program
+        self.step, self.saved_step, self.state, self.reason = 0, -1, "running", None
+        self.first_step = self.logged_step = 0
+        self.loss = self.eval = None
+        self.tokens_per_s = 0.0
+        self.num_skipped = self.num_consecutive = 0
+        self.began = self.read_at = self.saved_at = time.monotonic()
+        self.status_at = 0.0
+        self._open = contextlib.ExitStack()
+        self.lease = self._open.enter_context(RunLease(self.folder))
+
+    def open(self) -> None:
+        """Opens data, checkpoints and records.
+
+        Raises:
+          ConfigError: the data or tokenizer is not what an earlier attempt trained on, or has another vocabulary.
+        """
+        cfg = self.run.config
+        self.writer = records.RunWriter(self.folder)
+        self._open.callback(self.writer.close)
+        self.dataset = data.open_dataset(cfg)
+        self.batch_shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
+        if self.dataset.vocab_size > self.program.model.specs["embed"]["table"].shape[0]:
+            raise config.ConfigError(
+                f"model.vocab_size={self.program.model.specs['embed']['table'].shape[0]} is smaller than the data's "
+                f"{self.dataset.vocab_size} tokens; use 0 to take the data's"
+            )
+        before = records.read_json(self.folder / "provenance.json")
+        if before and before["data"] != self.dataset.fingerprint:
+            raise config.ConfigError(
+                f"{self.folder} was trained on {before['data']} and the data are now {self.dataset.fingerprint}; "
+                "restore the data, or use another --out"
+            )
+        self.checkpoints = self._open.enter_context(
+            Checkpointer(self.folder / "checkpoints", keep=cfg.log.keep_checkpoints)
+        )
+        records.write_json(self.folder / "config.json", config.to_dict(cfg))
+        records.write_json(self.folder / "provenance.json", {**provenance(), "data": self.dataset.fingerprint})
+        self.tensorboard = TensorBoard(self.folder / "tb", enabled=cfg.log.tensorboard)
+        self._open.callback(self.tensorboard.close)
+
+    def restore(self):
+        """This run's newest checkpoint, or the newest that another run of the study shares with it; None to start anew."""
+        found = self.checkpoints.restore(self.program.abstract_member)
+        if found is not None:
+            self.step, state, _ = found
+            self.saved_step = self.step
+            return state
+        donor, step = shared_checkpoint(self.run.config, self.folder)
+        if donor is None:
+            return None
+        with Checkpointer(donor / "checkpoints") as other:
+            self.step, state, _ = other.restore(self.program.abstract_member, step)
+        return state
+
+    def start(self) -> None:
+        cfg, model = self.run.config, self.program.model
+        vocab = model.specs["embed"]["table"].shape[0]
+        self.first_step = self.logged_step = self.step
+        self.writer.write(
+            "start",
+            time=time.time(),
+            run_id=self.run.run_id,
+            attempt=self.writer.attempt,
+            step=self.step,
+            parent=self.run.parent,
+            branch_step=self.run.branch_step,
+            total_steps=cfg.train.steps,
+            tokens_per_step=self.tokens_per_step,
+            counts=ladder.count_params(cfg.model, vocab).to_dict(),
+            flops_per_token=ladder.flops_per_token(cfg.model, vocab, cfg.data.seq_len),
+            loss_kind=self.program.objective.kind,
+            tokenizer=self.dataset.fingerprint["tokenizer"],
+            corpus=self.dataset.fingerprint["corpus"],
+            bytes_per_token=self.dataset.bytes_per_token,
+            entropy=self.dataset.entropy,
+            family="dense",
+            mesh=dict(self.program.mesh.shape),
+        )
+        self.writer.status("running", **self._progress())
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.run.config.train.batch_size * self.run.config.data.seq_len
+
+    @property
+    def phase(self) -> str:
+        return schedules.phase(self.run.config, max(0, self.step - 1))
+
+    @property
+    def next_event(self) -> int:
+        """The next step at which the host has something to do; at the run's end, that step."""
+        cfg = self.run.config
+        steps = [cfg.train.steps, *(s for s in self.run.save_steps if s > self.step)]
+        steps += [self.step - self.step % n + n for n in (cfg.log.eval_every, cfg.log.checkpoint_every) if n]
+        return min(steps)
+
+    @property
+    def at_end(self) -> bool:
+        return self.step == self.run.config.train.steps
+
+    @property
+    def diverging(self) -> bool:
+        return self.num_consecutive >= self.run.config.optim.max_skips
+
+    @property
+    def checkpoint_due(self) -> bool:
+        cfg = self.run.config
+        if self.step == self.saved_step or self.step == self.first_step:
+            return False
+        every = cfg.log.checkpoint_every
+        by_clock = not every and time.monotonic() - self.saved_at > CHECKPOINT_INTERVAL_S
+        by_step = every and self.step % every == 0
+        return by_clock or by_step or self.step in (*self.run.save_steps, cfg.train.steps)
+
+    @property
+    def evaluation_due(self) -> bool:
+        cfg = self.run.config
+        periodic = cfg.log.eval_every and self.step % cfg.log.eval_every == 0 and self.step > self.first_step
+        return bool((self.at_end or periodic) and (self.eval is None or self.eval["step"] != self.step))
+
+    def log(self, first: int, metrics: Metrics) -> None:
+        """Records the steps first..first+n-1 from metrics of shape [n]."""
+        cfg, now = self.run.config, time.monotonic()
+        count = len(metrics.loss)
+        self.tokens_per_s = count * self.tokens_per_step / max(now - self.read_at, 1e-9)
+        self.read_at = now
+        for i in range(count):
+            step = first + i + 1
+            if step % cfg.log.log_every and step != cfg.train.steps:
+                continue
+            line = {
+                "step": step,
+                "tokens": step * self.tokens_per_step,
+                "loss": records.finite(metrics.loss[i]),
+                "grad_norm": records.finite(metrics.grad_norm[i]),
+                "lr": schedules.multiplier(cfg, step - 1) * cfg.optim.lr,
+                "phase": schedules.phase(cfg, step - 1),
+                "num_skipped": int(metrics.skipped[i]),
+                "wall_s": round(now - self.began, 3),
+                "tokens_per_s": round(self.tokens_per_s),
+            }
+            self.writer.write("train", **line)
+            self.tensorboard.scalars(step, {k: line[k] for k in ("loss", "grad_norm", "lr", "tokens_per_s")}, "train")
+        self.loss, self.logged_step = float(metrics.loss[-1]), first + count
+        self.num_skipped, self.num_consecutive = int(metrics.skipped[-1]), int(metrics.consecutive[-1])
+        self.lease.beat()
+        if now - self.status_at > STATUS_INTERVAL_S:
+            self.status_at = now
+            self.writer.status("running", **self._progress())
+
+    def evaluated(self, nll_M: np.ndarray, weight_M: np.ndarray) -> None:
+        """Records a held-out evaluation from each row's summed loss and weight."""
+        self.eval = {
+            "step": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            **evaluate.summary(nll_M, weight_M, self.dataset.bytes_per_token),
+            "phase": self.phase,
+        }
+        self.writer.write("eval", **self.eval)
+        scalars = {key: self.eval[key] for key in ("loss", "bits_per_byte") if self.eval[key] is not None}
+        self.tensorboard.scalars(self.step, scalars, "eval")
+        self.read_at = time.monotonic()
+
+    def save(self, state) -> None:
+        cfg = self.run.config
+        meta = {"run_id": self.run.run_id, "phase": self.phase, "tokens": self.step * self.tokens_per_step}
+        pinned = self.step in self.run.save_steps or self.step == config.decay_start(cfg)
+        self.checkpoints.save(self.step, state, meta | {"data": self.dataset.fingerprint}, pinned=pinned)
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+
+    def finish(self, state: str, reason: str | None = None) -> None:
+        """Ends the attempt; "done" only once its checkpoint is on disk."""
+        self.checkpoints.wait()
+        final = self.eval if self.eval and self.eval["step"] == self.step else {}
+        self.writer.write(
+            "end",
+            status=state,
+            step=self.step,
+            tokens=self.step * self.tokens_per_step,
+            **{key: final.get(key) for key in ("loss", "loss_se", "bits_per_byte")},
+            wall_s=round(time.monotonic() - self.began, 3),
+            num_skipped=self.num_skipped,
+            epochs=self.dataset.epochs_at(self.step),
+            phase=self.phase,
+            reason=reason,
+        )
+        self.state, self.reason = state, reason
+        if state == "done":
+            self.tensorboard.hparams(self.run.config, final)
+            self.writer.done()
+        self.writer.status(state, reason=reason, **self._progress())
+        self.close()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the attempt with an error's reason; its traceback goes to error.txt in the run's folder."""
+        self.state, self.reason = "failed", f"{type(error).__name__}: {error}"
+        (self.folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+        with contextlib.suppress(AttributeError):  # it may have failed before there was a writer
+            self.writer.write(
+                "end",
+                status="failed",
+                step=self.step,
+                tokens=self.step * self.tokens_per_step,
+                loss=None,
+                loss_se=None,
+                bits_per_byte=None,
+                wall_s=round(time.monotonic() - self.began, 3),
+                num_skipped=self.num_skipped,
+                epochs=None,
+                phase=self.phase,
+                reason=self.reason,
+            )
+            self.writer.status("failed", reason=self.reason, **self._progress())
+        with contextlib.suppress(Exception):  # a failed save has been reported above
+            self.close()
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _progress(self) -> dict:
+        loss = self.eval["loss"] if self.eval else self.loss
+        return {
+            "step": self.step,
+            "total_steps": self.run.config.train.steps,
+            "loss": records.finite(loss),
+            "tokens_per_s": round(self.tokens_per_s),
+        }
+
+
+def shared_checkpoint(cfg: config.RunConfig, folder: Path) -> tuple[Path | None, int]:
+    """The sibling folder and step of the longest saved beginning that this run shares (`config.shared_steps`)."""
+    best = (None, 0)
+    mine = config.to_dict(cfg)
+    for path in folder.parent.glob("*/config.json"):
+        theirs = records.read_json(path)
+        # Cheap to see and true of most siblings: another model, seed or optimizer shares nothing.
+        if path.parent == folder or any(theirs.get(k) != _plain(mine[k]) for k in ("model", "objective", "optim")):
+            continue
+        shared = config.shared_steps(config.resolve(theirs), cfg)
+        steps = [s for s in Checkpointer(path.parent / "checkpoints").steps() if best[1] < s <= shared]
+        if steps:
+            best = (path.parent, max(steps))
+    return best
+
+
+def _plain(value):
+    """As JSON gives it back: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def provenance() -> dict:
+    """Where and with what a run trains. Nothing from the environment's variables: they may hold secrets."""
+    packages = ("slmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    root = Path(__file__).resolve().parents[1]
+    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "argv": sys.argv,
+        "git": git.stdout.strip() or None,
+        "versions": versions,
+        "python": platform.python_version(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "time": time.time(),
+    }

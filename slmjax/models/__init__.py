@@ -1,0 +1,83 @@
+"""What a model is to the rest of slmjax: pure functions and a description of its parameters.
+
+A model family is a module with `build(cfg: ModelConfig) -> Model`; `model.build` names it, in this package or anywhere.
+Only modules under `slmjax.models` import Linen; the trainer sees nested dicts of arrays, layers stacked on axis 0.
+"""
+
+import importlib
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from slmjax.config import ModelConfig
+from slmjax.parametrization import Parametrization, Rule
+
+
+class ParamSpec(NamedTuple):
+    """One parameter: its shape, a logical axis per dimension, and the role that fixes its scale and rate."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    role: str
+    fan_in: int
+
+    @property
+    def in_block(self) -> bool:
+        return self.axes[0] == "layer"
+
+
+class Model(NamedTuple):
+    """A family's pure functions. `params` is a nested dict of float32 arrays laid out as `specs`.
+
+    init: (key, init_std=None) → params. Each tensor's draw depends on the key and its own path alone.
+    hidden: (params, tokens_BT, segments_BT or None, attention "causal" | "full") → (x_BTD, extras), extras a dict of
+      scalars such as auxiliary losses.
+    unembed: (params, x_...D) → float32 logits_...V. Apart from `hidden`, so that a loss may take it in chunks.
+    readout: params → the part of them that `unembed` reads.
+    specs: nested dict of ParamSpec.
+    rules: ParamSpec → Rule.
+    """
+
+    init: Callable
+    hidden: Callable
+    unembed: Callable
+    readout: Callable
+    specs: dict
+    rules: Callable[[ParamSpec], Rule]
+
+    def apply(self, params, tokens_BT, segments_BT=None, attention: str = "causal"):
+        """float32 logits_BTV and extras."""
+        x_BTD, extras = self.hidden(params, tokens_BT, segments_BT, attention)
+        return self.unembed(params, x_BTD), extras
+
+
+def build(cfg: ModelConfig) -> Model:
+    """The Model of a config whose vocab_size is resolved."""
+    assert cfg.vocab_size > 0, "vocab_size is resolved before a model is built"
+    name = cfg.build if "." in cfg.build else f"slmjax.models.{cfg.build}"
+    return importlib.import_module(name).build(cfg)
+
+
+def is_spec(x) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def init_from_specs(specs: dict, cfg: ModelConfig) -> Callable:
+    """`init(key, init_std=None) -> params`: normal draws at each role's scale, ones for norm gains, zeros for biases."""
+    parametrization = Parametrization(cfg)
+
+    def init(key, init_std=None):
+        def draw(path, spec: ParamSpec):
+            if spec.role in ("norm", "bias"):
+                return jnp.full(spec.shape, 1.0 if spec.role == "norm" else 0.0, jnp.float32)
+            std = parametrization.rule(spec.role, spec.fan_in, spec.in_block, init_std).init_std
+            # The path, not a position in a list, picks the key: adding a tensor does not redraw the others.
+            path_key = jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode()))
+            return std * jax.random.normal(path_key, spec.shape, jnp.float32)
+
+        return jax.tree_util.tree_map_with_path(draw, specs, is_leaf=is_spec)
+
+    return init

@@ -1,0 +1,105 @@
+"""The dense decoder: embedding, a stack of pre-norm blocks, a final norm, and a tied or untied output matrix."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from slmjax.config import ModelConfig
+from slmjax.models import Model, ParamSpec, init_from_specs
+from slmjax.models.layers import Block, RMSNorm, specs_of
+from slmjax.parametrization import Parametrization
+
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def build(cfg: ModelConfig) -> Model:
+    parametrization = Parametrization(cfg)
+    specs = _specs(cfg)
+    return Model(
+        init=init_from_specs(specs, cfg),
+        hidden=functools.partial(_hidden, cfg),
+        unembed=functools.partial(_unembed, cfg),
+        readout=lambda params: {k: v for k, v in params.items() if k == ("embed" if cfg.tied_embeddings else "head")},
+        specs=specs,
+        rules=lambda spec: parametrization.rule(spec.role, spec.fan_in, spec.in_block),
+    )
+
+
+def _specs(cfg: ModelConfig) -> dict:
+    L, D, V = cfg.num_layers, cfg.width, cfg.vocab_size
+    x_BTD = jax.ShapeDtypeStruct((1, 2, D), cfg.dtype)
+    block = specs_of(Block(cfg, "global"), x_BTD, None, "causal", _scales(cfg, 0))
+    specs = {
+        "embed": {"table": ParamSpec((V, D), ("vocab", "embed"), "embed", V)},
+        "blocks": jax.tree.map(
+            lambda s: s._replace(shape=(L, *s.shape), axes=("layer", *s.axes)), block, is_leaf=_is_spec
+        ),
+        "final_norm": specs_of(RMSNorm(cfg), x_BTD),
+    }
+    if not cfg.tied_embeddings:
+        specs["head"] = {"kernel": ParamSpec((D, V), ("embed", "vocab"), "readout", D)}
+    return specs
+
+
+def _is_spec(x) -> bool:
+    return isinstance(x, ParamSpec)
+
+
+def _scales(cfg: ModelConfig, layer: int):
+    parametrization = Parametrization(cfg)
+    return parametrization.residual(2 * layer), parametrization.residual(2 * layer + 1)
+
+
+def _hidden(cfg: ModelConfig, params, tokens_BT, segments_BT=None, attention: str = "causal"):
+    x_BTD = params["embed"]["table"][tokens_BT].astype(cfg.dtype)
+    multiplier = Parametrization(cfg).embed_multiplier
+    x_BTD = x_BTD if multiplier == 1.0 else multiplier * x_BTD
+    run = _scanned if cfg.scan_layers else _unrolled
+    x_BTD = run(cfg, params["blocks"], x_BTD, segments_BT, attention)
+    return RMSNorm(cfg).apply({"params": params["final_norm"]}, x_BTD), {}
+
+
+def _block(cfg: ModelConfig, kind: str, segments_BT, attention: str):
+    def apply(params, x_BTD, scales):
+        return Block(cfg, kind).apply({"params": params}, x_BTD, segments_BT, attention, scales)[0]
+
+    return apply if cfg.remat == "none" else jax.checkpoint(apply, policy=_REMAT[cfg.remat])
+
+
+def _unrolled(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
+    L, pattern = cfg.num_layers, cfg.attention_pattern
+    # split, not indexing: its gradient is one concatenation instead of L padded arrays added up.
+    pieces = jax.tree.map(lambda a: jax.lax.split(a, (1,) * L), blocks)
+    for layer in range(L):
+        params = jax.tree.map(lambda a: a[layer][0], pieces, is_leaf=lambda a: isinstance(a, list | tuple))  # noqa: B023
+        apply = _block(cfg, pattern[layer % len(pattern)], segments_BT, attention)
+        x_BTD = apply(params, x_BTD, _scales(cfg, layer))
+    return x_BTD
+
+
+def _scanned(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
+    L, P = cfg.num_layers, len(cfg.attention_pattern)
+    scales = jnp.asarray([_scales(cfg, layer) for layer in range(L)], cfg.dtype)
+    groups = jax.tree.map(lambda a: a.reshape(L // P, P, *a.shape[1:]), (blocks, scales))
+
+    def body(x_BTD, group):
+        for i, kind in enumerate(cfg.attention_pattern):
+            params, scales = jax.tree.map(lambda a: a[i], group)  # noqa: B023
+            x_BTD = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scales)
+        return x_BTD, None
+
+    return jax.lax.scan(body, x_BTD, groups)[0]
+
+
+def _unembed(cfg: ModelConfig, params, x):
+    """float32 logits of the last axis of x."""
+    if cfg.tied_embeddings:
+        logits = jnp.einsum("...d,vd->...v", x, params["embed"]["table"].astype(cfg.dtype))
+    else:
+        logits = jnp.einsum("...d,dv->...v", x, params["head"]["kernel"].astype(cfg.dtype))
+    logits = logits.astype(jnp.float32) * Parametrization(cfg).logits_multiplier
+    return cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap) if cfg.logit_softcap else logits

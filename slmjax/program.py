@@ -1,0 +1,252 @@
+"""What one compiled Program can do: initialise, train and evaluate the members of a population.
+
+A member is one run's state. Members are independent; runs that differ only in `Hyper`, seeds, schedules and data are
+members of one Program, so a sweep over them compiles once. Every array carries the population as its first axis P, of
+size 1 for a run on its own. On CPU the members are spread over host devices, a core each (`spread`); on accelerators
+they are batched (`jax.vmap`) or, one at a time, take the whole mesh.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from slmjax import models, objectives, optim, sharding
+from slmjax.config import RunConfig
+from slmjax.models import Model, is_spec
+from slmjax.objectives import Objective, View
+from slmjax.optim import Hyper
+
+
+class Skips(NamedTuple):
+    """Updates left out because the gradient was not finite or spiked."""
+
+    total: jax.Array  # int32
+    consecutive: jax.Array  # int32
+    mean_norm: jax.Array  # running mean gradient norm of the updates made; 0 before the first
+
+
+class TrainState(NamedTuple):
+    """No random key inside: keys are folded from the seed and the step."""
+
+    step: jax.Array  # int32, steps completed
+    params: Any
+    opt_state: Any
+    ema: Any  # as params, or () when off
+    skips: Skips
+
+
+class Metrics(NamedTuple):
+    loss: jax.Array  # nats per token of the batch, before the update
+    grad_norm: jax.Array
+    skipped: jax.Array  # updates skipped so far
+    consecutive: jax.Array  # of them, the last ones in a row
+
+
+class Program(NamedTuple):
+    """Compiled functions over P members; K is mesh.steps_per_dispatch, B the batch, T the sequence length.
+
+    init: (seeds_P uint32, init_std_P) → state.
+    train: (state, tokens_PKBT1, segments_PKBT1, hyper with leaves [P, K], num_steps_P) → (state, Metrics of [P, K]).
+      Member p makes its first num_steps_P[p] steps; metrics past them are 0. The state passed in is consumed.
+    evaluate: (state, tokens_PBT1, segments_PBT1, seeds_P) → (summed nll_PB, weight_PB) per row.
+    take: (state, index) → one member's state. put: (state, member, index) → state, consuming it.
+    """
+
+    num_members: int
+    mesh: Mesh
+    model: Model
+    objective: Objective
+    abstract_member: TrainState
+    init: Callable
+    train: Callable
+    evaluate: Callable
+    take: Callable
+    put: Callable
+
+
+def init_member(model: Model, optimizer: optim.Optimizer, ema: bool, seed, init_std) -> TrainState:
+    params = model.init(jax.random.fold_in(jax.random.key(seed), INIT), init_std)
+    skips = Skips(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    return TrainState(jnp.int32(0), params, optimizer.init(params), params if ema else (), skips)
+
+
+# Streams of randomness, folded into a run's seed so that none depends on how many draws another makes.
+INIT, VIEW, EVAL = 0, 1, 2
+
+
+def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimizer: optim.Optimizer) -> Callable:
+    """(state, tokens_BT1, segments_BT1 or None, hyper) → (state, Metrics): one update of one member."""
+    chunk, A = cfg.objective.loss_chunk, cfg.optim.micro_batches
+
+    def loss_of(params, view: View, hyper: Hyper):
+        x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
+        return objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk)
+
+    gradient = jax.grad(loss_of, has_aux=True)
+
+    def accumulated(params, view: View, hyper: Hyper):
+        if A == 1:
+            return gradient(params, view, hyper)
+        # Micro-batches take every A-th row, so that each has its share of rows on every device. `count` stays that of
+        # the whole batch: losses and gradients add up to the whole batch's.
+        rows = view._replace(count=None)
+        micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // A, A, *a.shape[1:]), 1, 0), rows)
+
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, gradient(params, rows._replace(count=view.count), hyper)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
+        return jax.lax.scan(add, zeros, micro)[0]
+
+    def step(state: TrainState, tokens_BT1, segments_BT1, hyper: Hyper):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), VIEW), state.step)
+        grads, loss = accumulated(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
+        grads, norm = optim.clip(grads, hyper.clip_norm)
+        params, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper)
+        ema = (
+            jax.tree.map(lambda e, p: hyper.ema_decay * e + (1 - hyper.ema_decay) * p, state.ema, params)
+            if state.ema != ()
+            else ()
+        )
+        mean = state.skips.mean_norm
+        spike = (hyper.spike_factor > 0) & (mean > 0) & (norm > hyper.spike_factor * mean)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & ~spike
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+        skips = Skips(
+            total=state.skips.total + ~good,
+            consecutive=jnp.where(good, 0, state.skips.consecutive + 1),
+            mean_norm=jnp.where(good, jnp.where(mean > 0, 0.98 * mean + 0.02 * norm, norm), mean),
+        )
+        state = TrainState(state.step + 1, params, opt_state, ema, skips)
+        return state, Metrics(loss, norm, skips.total, skips.consecutive)
+
+    return step
+
+
+def make_evaluate(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
+    """(state, tokens_BT1, segments_BT1 or None, seed) → (summed nll_B, weight_B); the EMA is evaluated when there is one."""
+
+    def evaluate(state: TrainState, tokens_BT1, segments_BT1, seed):
+        params = state.ema if state.ema != () else state.params
+        view = objective.view(tokens_BT1, segments_BT1, jax.random.fold_in(jax.random.key(seed), EVAL))
+        x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
+        nll_BT = objectives.token_losses(
+            model.unembed, model.readout(params), x_BTD, view.targets_BT, cfg.objective.loss_chunk
+        )
+        return jnp.sum(view.weights_BT * nll_BT, -1), jnp.sum(view.weights_BT, -1)
+
+    return evaluate
+
+
+def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Program:
+    """The Program of a config whose vocab_size is resolved, for `num_members` runs at a time.
+
+    The mesh's population axis must be 1, or num_members to give each member its own devices.
+    """
+    mesh = mesh or sharding.make_mesh(cfg.mesh)
+    model, objective = models.build(cfg.model), objectives.build(cfg.objective)
+    optimizer = optim.build(cfg.optim, model)
+    packed = cfg.data.packing == "segments"
+    step = make_train_step(cfg, model, objective, optimizer)
+    init = functools.partial(init_member, model, optimizer, cfg.optim.ema_decay > 0)
+    evaluate = make_evaluate(cfg, model, objective)
+    abstract = jax.eval_shape(init, jnp.uint32(0), jnp.float32(1))
+    state = _state_shardings(mesh, model, abstract)
+    members = _placed(mesh, "population")
+    rows = _placed(mesh, "population", "batch")
+    batches = _placed(mesh, "population", None, "batch")
+    spread = functools.partial(_over_members, mesh, num_members)
+
+    def train_member(state, tokens_KBT1, segments_KBT1, hyper_K, num_steps):
+        return _many_steps(step, state, tokens_KBT1, segments_KBT1 if packed else None, hyper_K, num_steps)
+
+    def evaluate_member(state, tokens_BT1, segments_BT1, seed):
+        return evaluate(state, tokens_BT1, segments_BT1 if packed else None, seed)
+
+    return Program(
+        num_members,
+        mesh,
+        model,
+        objective,
+        abstract,
+        init=jax.jit(spread(init), out_shardings=state),
+        train=jax.jit(
+            spread(train_member),
+            in_shardings=(state, batches, batches, members, members),
+            out_shardings=(state, members),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(spread(evaluate_member), in_shardings=(state, rows, rows, members), out_shardings=rows),
+        take=jax.jit(lambda state, i: jax.tree.map(lambda a: a[i], state)),
+        put=jax.jit(
+            lambda state, member, i: jax.tree.map(lambda a, b: a.at[i].set(b), state, member),
+            out_shardings=state,
+            donate_argnums=0,
+        ),
+    )
+
+
+def _many_steps(step, state, tokens_KBT1, segments_KBT1, hyper_K, num_steps):
+    """`num_steps` <= K updates in one dispatch. The count is traced, so a shorter last stretch is the same program."""
+    K = tokens_KBT1.shape[0]
+
+    def body(k, carry):
+        state, metrics_K = carry
+        segments_BT1 = None if segments_KBT1 is None else segments_KBT1[k]
+        state, metrics = step(state, tokens_KBT1[k], segments_BT1, jax.tree.map(lambda a: a[k], hyper_K))
+        return state, jax.tree.map(lambda all_K, one: all_K.at[k].set(one), metrics_K, metrics)
+
+    metrics_K = Metrics(*(jnp.zeros(K, t) for t in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)))
+    return jax.lax.fori_loop(0, num_steps, body, (state, metrics_K))
+
+
+def _over_members(mesh: Mesh, num_members: int, function: Callable) -> Callable:
+    """`function` of one member as a function of all of them, stacked on axis 0."""
+
+    def alone(*args):
+        return jax.tree.map(lambda a: a[None], function(*jax.tree.map(lambda a: a[0], args)))
+
+    if num_members == 1:
+        return alone
+    if mesh.shape["population"] == 1:
+        return jax.vmap(function)
+    assert mesh.shape["population"] == num_members, (mesh.shape, num_members)
+    members = PartitionSpec("population")
+    return jax.shard_map(
+        alone, mesh=mesh, in_specs=members, out_specs=members, axis_names={"population"}, check_vma=False
+    )
+
+
+def _placed(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(*(axis and sharding.RULES[axis] for axis in axes)))
+
+
+def _state_shardings(mesh: Mesh, model: Model, abstract: TrainState) -> TrainState:
+    """Placements of a stacked state: whatever in it mirrors the parameters is laid out like them."""
+    placed = {}
+    for path, spec in jax.tree_util.tree_leaves_with_path(model.specs, is_leaf=is_spec):
+        name = ".".join(str(entry.key) for entry in path)
+        axes, shape = ("population", *spec.axes), (mesh.shape["population"], *spec.shape)
+        placed[_keys(path)] = (spec.shape, sharding.sharding(mesh, axes, shape, name))
+    scalar = _placed(mesh, "population")
+
+    def place(path, leaf):
+        keys = _keys(path)
+        for start in range(len(keys)):
+            shape, where = placed.get(keys[start:], (None, None))
+            if shape == leaf.shape:
+                return where
+        return scalar
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _keys(path) -> tuple[str, ...]:
+    """The dictionary keys a path ends with."""
+    keys = [entry.key if isinstance(entry, jax.tree_util.DictKey) else None for entry in path]
+    return tuple(keys[max((i + 1 for i, key in enumerate(keys) if key is None), default=0) :])

@@ -1,0 +1,144 @@
+"""What a run writes about itself, and how it is read back: the only interface between training and fitting.
+
+    OUT/<study>/study.json
+    OUT/<study>/<run_id>/config.json provenance.json status.json attempt-NNN.jsonl tb/ checkpoints/ DONE
+
+An attempt file holds one JSON object a line, of kind `start`, `train`, `eval` or `end`; each launch of a run writes its
+own. Where two attempts logged the same step, one having been killed past its last checkpoint, the later wins.
+"""
+
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STATES = ("queued", "running", "preempted", "failed", "diverged", "done")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces `path` in one step, so that a reader or a kill never sees half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    """The value in `path`, or None when there is no such file."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+
+
+def finite(value):
+    """A float that JSON can carry: NaN and infinities become null, never a number."""
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+class RunWriter:
+    """Writes one attempt of one run; every line is on disk when `write` returns."""
+
+    def __init__(self, run_dir: Path):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir, self.attempt = run_dir, len(attempt_files(run_dir))
+        self._file = open(run_dir / f"attempt-{self.attempt:03d}.jsonl", "x", encoding="utf-8")  # noqa: SIM115
+
+    def write(self, kind: str, **values) -> None:
+        self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def status(self, state: str, **values) -> None:
+        """Rewrites status.json: the run's truth for tables and launchers, with the time as heartbeat."""
+        assert state in STATES, state
+        owner = {"pid": os.getpid(), "attempt": self.attempt, "time": time.time()}
+        write_json(self.run_dir / "status.json", {"state": state, **owner, **values})
+
+    def done(self) -> None:
+        (self.run_dir / "DONE").touch()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@dataclass
+class RunRecords:
+    """Everything one run folder says. `train` and `evals` are in step order, each step once."""
+
+    run_id: str
+    config: dict | None
+    provenance: dict | None
+    status: dict | None
+    start: dict | None = None  # the first attempt's
+    train: list[dict] = field(default_factory=list)
+    evals: list[dict] = field(default_factory=list)
+    end: dict | None = None  # the last attempt's; None while running or after a kill
+    num_attempts: int = 0
+
+    @property
+    def done(self) -> bool:
+        return self.end is not None and self.end["status"] == "done"
+
+
+def attempt_files(run_dir: Path) -> list[Path]:
+    return sorted(p for p in run_dir.glob("attempt-*.jsonl") if re.fullmatch(r"attempt-\d+\.jsonl", p.name))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of an attempt; a last line cut short by a kill is left out, any other bad line raises ValueError."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the write was cut
+                break
+            raise ValueError(f"{path}:{number}: not a JSON record ({error.msg})") from None
+    return records
+
+
+def load_run(run_dir: Path | str) -> RunRecords:
+    run_dir = Path(run_dir)
+    run = RunRecords(
+        run_dir.name,
+        read_json(run_dir / "config.json"),
+        read_json(run_dir / "provenance.json"),
+        read_json(run_dir / "status.json"),
+    )
+    for path in attempt_files(run_dir):
+        run.num_attempts += 1
+        run.end = None
+        for record in read_lines(path):
+            match record["kind"]:
+                case "start":
+                    run.start = run.start or record
+                    # What an earlier attempt logged past this point was redone.
+                    run.train = [r for r in run.train if r["step"] <= record["step"]]
+                    run.evals = [r for r in run.evals if r["step"] <= record["step"]]
+                case "train":
+                    run.train.append(record)
+                case "eval":
+                    run.evals.append(record)
+                case "end":
+                    run.end = record
+    return run
+
+
+def load_study(study_dir: Path | str) -> tuple[dict, dict[str, RunRecords]]:
+    """study.json and the records of each of its runs that has a folder, in the study's order.
+
+    Raises:
+      ValueError: no study.json there.
+    """
+    study_dir = Path(study_dir)
+    study = read_json(study_dir / "study.json")
+    if study is None:
+        raise ValueError(f"{study_dir} is not a study folder: it has no study.json")
+    folders = ((run["run_id"], study_dir / run["run_id"]) for run in study["runs"])
+    return study, {run_id: load_run(folder) for run_id, folder in folders if folder.is_dir()}

@@ -1,0 +1,46 @@
+"""A mirror of a run's records for TensorBoard, written without TensorFlow."""
+
+import time
+from pathlib import Path
+
+from slmjax.config import RunConfig, flatten
+
+
+class TensorBoard:
+    """Writes scalars and hyper-parameters below `folder`; disabled, it does nothing."""
+
+    def __init__(self, folder: Path, enabled: bool = True):
+        self._writer = None
+        if enabled:
+            # Imported here: it takes most of a second, and a run may be told to do without.
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+            self._writer = EventFileWriter(str(folder))
+
+    def scalars(self, step: int, values: dict, prefix: str) -> None:
+        if self._writer is None:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        tags = [Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in values.items() if v is not None]
+        self._add(step, Summary(value=tags))
+
+    def hparams(self, cfg: RunConfig, result: dict) -> None:
+        """The config's numbers and names beside the final held-out loss, for the HParams tab."""
+        if self._writer is None:
+            return
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+
+        flat = {k: v for k, v in flatten(cfg).items() if isinstance(v, bool | int | float | str)}
+        self._add(0, hparams_pb(flat))
+        if result:
+            self.scalars(result["step"], {"loss": result["loss"]}, "hparams")
+
+    def _add(self, step: int, summary) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
