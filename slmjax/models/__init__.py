@@ -33,8 +33,8 @@ class Model(NamedTuple):
     """A family's pure functions. `params` is a nested dict of float32 arrays laid out as `specs`.
 
     init: (key, init_std=None) → params. Each tensor's draw depends on the key and its own path alone.
-    hidden: (params, tokens_BT, segments_BT or None, attention "causal" | "full") → (x_BTD, extras), extras a dict of
-      scalars such as auxiliary losses.
+    hidden: (params, tokens_BT, segments_BT or None, attention "causal" | "full") → (x_BTD, extras).
+      extras["activations"] holds mean absolute activations by name, scalars or one per layer, for the coordinate check.
     unembed: (params, x_...D) → float32 logits_...V. Apart from `hidden`, so that a loss may take it in chunks.
     readout: params → the part of them that `unembed` reads.
     specs: nested dict of ParamSpec.
@@ -66,7 +66,7 @@ def is_spec(x) -> bool:
 
 
 def init_from_specs(specs: dict, cfg: ModelConfig) -> Callable:
-    """`init(key, init_std=None) -> params`: normal draws at each role's scale, ones for norm gains, zeros for biases."""
+    """`init(key, init_std=None) -> params`: normal draws at each role's scale, norm gains of one, biases of zero."""
     parametrization = Parametrization(cfg)
 
     def init(key, init_std=None):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from slmjax.config import ModelConfig
 from slmjax.models import ParamSpec
+from slmjax.models.attention import attend
 from slmjax.parametrization import Parametrization
 
 
@@ -111,27 +112,6 @@ class Attention(nn.Module):
         return jnp.einsum("bthc,hcd->btd", y_BTHC, out_HCD)
 
 
-def attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, *, causal: bool, window: int, scale: float):
-    """Softmax attention; keys of other segments, of the future (causal) or `window` and more away are not seen."""
-    mask = None if segments_BT is None else (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
-    return jax.nn.dot_product_attention(
-        q_BTHC,
-        k_BTKC,
-        v_BTKC,
-        mask=mask,
-        scale=scale,
-        is_causal=causal,
-        local_window_size=(window - 1, 0 if causal else window - 1) if window else None,
-        implementation=_implementation(q_BTHC),
-    )
-
-
-def _implementation(q_BTHC) -> str | None:
-    # cuDNN's flash attention takes half precision and head widths to 128 in steps of 8; None lets XLA choose.
-    fits = q_BTHC.dtype == jnp.bfloat16 and q_BTHC.shape[-1] % 8 == 0 and q_BTHC.shape[-1] <= 128
-    return "cudnn" if fits and jax.default_backend() == "gpu" else None
-
-
 class Mlp(nn.Module):
     """Feed-forward, BTD → BTD: gated (SwiGLU, GeGLU: 2002.05202) or not (GELU, squared ReLU: 2109.08668)."""
 
@@ -158,7 +138,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block, BTD → BTD and extras."""
+    """Pre-norm residual block, BTD → BTD and the mean absolute activation of each part."""
 
     cfg: ModelConfig
     kind: str
@@ -167,9 +147,16 @@ class Block(nn.Module):
     def __call__(self, x_BTD, segments_BT, attention: str, scales):
         """`scales` are ((skip, branch) of attention, (skip, branch) of feed-forward), floats or traced scalars."""
         y_BTD = RMSNorm(self.cfg, name="attention_norm")(x_BTD)
-        x_BTD = _add(x_BTD, Attention(self.cfg, self.kind, name="attention")(y_BTD, segments_BT, attention), scales[0])
-        y_BTD = RMSNorm(self.cfg, name="mlp_norm")(x_BTD)
-        return _add(x_BTD, Mlp(self.cfg, name="mlp")(y_BTD), scales[1]), {}
+        attention_BTD = Attention(self.cfg, self.kind, name="attention")(y_BTD, segments_BT, attention)
+        x_BTD = _add(x_BTD, attention_BTD, scales[0])
+        mlp_BTD = Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x_BTD))
+        x_BTD = _add(x_BTD, mlp_BTD, scales[1])
+        return x_BTD, {"attention": mean_abs(attention_BTD), "mlp": mean_abs(mlp_BTD), "residual": mean_abs(x_BTD)}
+
+
+def mean_abs(x):
+    """What a coordinate check looks at. XLA drops it where nobody does."""
+    return jnp.mean(jnp.abs(x.astype(jnp.float32)))
 
 
 def _add(skip, branch, scales):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.config import ModelConfig
-from slmjax.models import Model, ParamSpec, init_from_specs
-from slmjax.models.layers import Block, RMSNorm, specs_of
+from slmjax.models import Model, ParamSpec, init_from_specs, is_spec
+from slmjax.models.layers import Block, RMSNorm, mean_abs, specs_of
 from slmjax.parametrization import Parametrization
 
 _REMAT = {
@@ -36,17 +36,13 @@ def _specs(cfg: ModelConfig) -> dict:
     specs = {
         "embed": {"table": ParamSpec((V, D), ("vocab", "embed"), "embed", V)},
         "blocks": jax.tree.map(
-            lambda s: s._replace(shape=(L, *s.shape), axes=("layer", *s.axes)), block, is_leaf=_is_spec
+            lambda s: s._replace(shape=(L, *s.shape), axes=("layer", *s.axes)), block, is_leaf=is_spec
         ),
         "final_norm": specs_of(RMSNorm(cfg), x_BTD),
     }
     if not cfg.tied_embeddings:
         specs["head"] = {"kernel": ParamSpec((D, V), ("embed", "vocab"), "readout", D)}
     return specs
-
-
-def _is_spec(x) -> bool:
-    return isinstance(x, ParamSpec)
 
 
 def _scales(cfg: ModelConfig, layer: int):
@@ -59,13 +55,14 @@ def _hidden(cfg: ModelConfig, params, tokens_BT, segments_BT=None, attention: st
     multiplier = Parametrization(cfg).embed_multiplier
     x_BTD = x_BTD if multiplier == 1.0 else multiplier * x_BTD
     run = _scanned if cfg.scan_layers else _unrolled
-    x_BTD = run(cfg, params["blocks"], x_BTD, segments_BT, attention)
-    return RMSNorm(cfg).apply({"params": params["final_norm"]}, x_BTD), {}
+    y_BTD, activations = run(cfg, params["blocks"], x_BTD, segments_BT, attention)
+    extras = {"activations": {"embed": mean_abs(x_BTD), **activations}}
+    return RMSNorm(cfg).apply({"params": params["final_norm"]}, y_BTD), extras
 
 
 def _block(cfg: ModelConfig, kind: str, segments_BT, attention: str):
     def apply(params, x_BTD, scales):
-        return Block(cfg, kind).apply({"params": params}, x_BTD, segments_BT, attention, scales)[0]
+        return Block(cfg, kind).apply({"params": params}, x_BTD, segments_BT, attention, scales)
 
     return apply if cfg.remat == "none" else jax.checkpoint(apply, policy=_REMAT[cfg.remat])
 
@@ -73,26 +70,35 @@ def _block(cfg: ModelConfig, kind: str, segments_BT, attention: str):
 def _unrolled(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
     L, pattern = cfg.num_layers, cfg.attention_pattern
     # split, not indexing: its gradient is one concatenation instead of L padded arrays added up.
-    pieces = jax.tree.map(lambda a: jax.lax.split(a, (1,) * L), blocks)
+    pieces, tree = jax.tree.flatten(jax.tree.map(lambda a: jax.lax.split(a, (1,) * L), blocks), is_leaf=_is_pieces)
+    activations = []
     for layer in range(L):
-        params = jax.tree.map(lambda a: a[layer][0], pieces, is_leaf=lambda a: isinstance(a, list | tuple))  # noqa: B023
+        params = jax.tree.unflatten(tree, [piece[layer][0] for piece in pieces])
         apply = _block(cfg, pattern[layer % len(pattern)], segments_BT, attention)
-        x_BTD = apply(params, x_BTD, _scales(cfg, layer))
-    return x_BTD
+        x_BTD, seen = apply(params, x_BTD, _scales(cfg, layer))
+        activations.append(seen)
+    return x_BTD, jax.tree.map(lambda *a_L: jnp.stack(a_L), *activations)
+
+
+def _is_pieces(x) -> bool:
+    return isinstance(x, list | tuple)
 
 
 def _scanned(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
     L, P = cfg.num_layers, len(cfg.attention_pattern)
-    scales = jnp.asarray([_scales(cfg, layer) for layer in range(L)], cfg.dtype)
-    groups = jax.tree.map(lambda a: a.reshape(L // P, P, *a.shape[1:]), (blocks, scales))
+    scales_L22 = jnp.asarray([_scales(cfg, layer) for layer in range(L)], cfg.dtype)
+    groups = jax.tree.map(lambda a: a.reshape(L // P, P, *a.shape[1:]), (blocks, scales_L22))
 
     def body(x_BTD, group):
+        activations = []
         for i, kind in enumerate(cfg.attention_pattern):
             params, scales = jax.tree.map(lambda a: a[i], group)  # noqa: B023
-            x_BTD = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scales)
-        return x_BTD, None
+            x_BTD, seen = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scales)
+            activations.append(seen)
+        return x_BTD, jax.tree.map(lambda *a_P: jnp.stack(a_P), *activations)
 
-    return jax.lax.scan(body, x_BTD, groups)[0]
+    x_BTD, activations = jax.lax.scan(body, x_BTD, groups)
+    return x_BTD, jax.tree.map(lambda a: a.reshape(L), activations)
 
 
 def _unembed(cfg: ModelConfig, params, x):

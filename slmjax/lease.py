@@ -1,0 +1,193 @@
+"""One writer per run directory: a lease on disk, taken, kept by a heartbeat from the training loop, and handed back.
+
+Two trainers on one directory delete each other's checkpoints and log steps twice. The lease is `lease.json` in the
+run directory: who holds it, since when, and the last heartbeat. Standard library only. Never here: what the directory
+holds.
+
+Who is dead? A holder on this host (same boot, same process namespace): when its pid is gone, a zombie, or belongs to
+a process that started at another time. A holder elsewhere cannot be asked: when its last heartbeat is older than the
+ttl it announced, by the file system's clock (two modification times are compared, so skewed host clocks do not
+matter).
+
+Why two takers cannot both win: reading, judging and replacing `lease.json` happen inside an flock on `.lease.lock`,
+held for milliseconds and dropped by the kernel if its owner dies. Judging without it is the classic race: A and B
+find the same dead lease, A replaces it, B replaces A. The flock is not itself the lease, because forked data workers
+would inherit it and outlive the trainer.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import pathlib
+import socket
+import subprocess
+import time
+import uuid
+
+LEASE = "lease.json"
+GUARD = ".lease.lock"
+GUARD_WAIT_S = 10.0  # the guard is held for milliseconds; longer means a frozen host or a file system without locks
+
+log = logging.getLogger(__name__)
+
+
+class LeaseError(RuntimeError):
+    """The run directory belongs to another writer: refused at entry, or lost to one since."""
+
+
+class RunLease:
+    """Context manager: the sole writer of `run_dir` (created if missing) for the length of the block.
+
+    ttl_s: after this many seconds without a heartbeat another *host* may take over; hosts must call `beat` more often
+    than that, compilation and restore included. On one host a dead holder is noticed at once and the ttl plays no
+    part. Entering raises LeaseError naming the holder when it is alive or cannot be judged. In a multi-process run
+    process 0 takes it.
+    """
+
+    def __init__(self, run_dir, ttl_s=300.0):
+        if not ttl_s > 0:
+            raise ValueError(f"ttl_s={ttl_s} must be a positive number of seconds")
+        self.run_dir, self.ttl_s = pathlib.Path(run_dir).absolute(), float(ttl_s)
+        self._token = None
+        self._since = self._last_beat = 0.0
+
+    def __enter__(self):
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        token, self._since = uuid.uuid4().hex, time.time()
+        with self._guard():
+            holder = self._holder()
+            if holder is not None:
+                self._judge(holder)
+                log.warning("taking over %s from a dead writer (%s)", self.run_dir, _describe(holder))
+            self._write(token)
+        self._token = token
+        return self
+
+    def __exit__(self, *exc):
+        with self._guard():
+            if self._is_ours():  # a forked child and a holder that lost its lease leave the file alone
+                os.unlink(self.run_dir / LEASE)
+        self._token = None
+
+    def beat(self):
+        """Call at every step; writes four times per ttl. Raises LeaseError if another writer took over."""
+        if time.monotonic() - self._last_beat < self.ttl_s / 4:
+            return
+        with self._guard():
+            if not self._is_ours():
+                holder = self._holder()
+                now = f"it is held by {_describe(holder)}" if holder else f"{LEASE} is gone"
+                raise LeaseError(f"{self.run_dir} was lost to another writer: {now}; stop writing there")
+            self._write(self._token)
+
+    def _write(self, token):
+        now = time.time()
+        record = {
+            "token": token,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "place": _place(),
+            "process_start": _process_start(os.getpid()),
+            "since": self._since,
+            "heartbeat": now,
+            "ttl_s": self.ttl_s,
+        }
+        temporary = self.run_dir / f".lease.{token}.tmp"
+        with open(temporary, "w") as f:
+            json.dump(record, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, self.run_dir / LEASE)
+        self._last_beat = time.monotonic()
+
+    def _holder(self):
+        """The record in lease.json, or None if there is none."""
+        path = self.run_dir / LEASE
+        try:
+            holder = json.loads(path.read_text())
+            for key in ("token", "host", "pid", "place", "process_start", "since", "heartbeat", "ttl_s"):
+                holder[key]
+            return holder
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise LeaseError(
+                f"{path} is not readable ({error!r}), so its writer cannot be judged; delete it if none is running"
+            ) from error
+
+    def _is_ours(self):
+        if self._token is None:
+            return False
+        holder = self._holder()
+        return holder is not None and holder["token"] == self._token and holder["pid"] == os.getpid()
+
+    def _judge(self, holder):
+        """Return if the holder is dead, raise LeaseError if it is alive."""
+        refused = f"{self.run_dir} is in use by {_describe(holder)}"
+        if holder["place"] == _place():
+            if _process_start(holder["pid"]) != holder["process_start"]:
+                return
+            raise LeaseError(f"{refused}; stop that process first")
+        age_s = self._age_s()
+        if age_s <= holder["ttl_s"]:
+            raise LeaseError(
+                f"{refused}; heartbeat {age_s:.0f} s ago. If it is dead, try again in {holder['ttl_s'] - age_s:.0f} s"
+            )
+
+    def _age_s(self):
+        """Seconds since the last heartbeat, by the clock of the file system: a file touched now against lease.json."""
+        probe = self.run_dir / GUARD
+        os.utime(probe)
+        return probe.stat().st_mtime - (self.run_dir / LEASE).stat().st_mtime
+
+    @contextlib.contextmanager
+    def _guard(self):
+        fd = os.open(self.run_dir / GUARD, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            deadline = time.monotonic() + GUARD_WAIT_S
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise LeaseError(
+                            f"{self.run_dir / GUARD} stayed locked for {GUARD_WAIT_S:.0f} s by another process"
+                        ) from None
+                    time.sleep(0.005)
+                except OSError as error:
+                    raise LeaseError(
+                        f"cannot lock {self.run_dir / GUARD} ({error}); run directories need a file system with flock"
+                    ) from error
+            yield
+        finally:
+            os.close(fd)  # drops the lock
+
+
+def _describe(holder):
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["since"]))
+    return f"pid {holder['pid']} on host {holder['host']} since {since}"
+
+
+def _place():
+    """Where a pid means the same process: host, boot and pid namespace (containers of one host do not share pids)."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()}/{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except FileNotFoundError:  # macOS: no namespaces, and a start time that includes the date
+        return socket.gethostname()
+
+
+def _process_start(pid):
+    """When process `pid` started, as text that only this process has; None if it is gone or a zombie."""
+    if os.path.isdir("/proc/self"):
+        try:
+            stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return None
+        state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
+        return None if state in "ZX" else fields[18]  # starttime, in clock ticks since boot
+    found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+    return found.stdout.strip() or None
