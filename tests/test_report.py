@@ -1,0 +1,155 @@
+"""The report: complete, self-contained, the same bytes every time, and honest when there is nothing to fit."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from planted_study import planted_loss, write_study
+
+from slmjax.scaling import forecast, plots, show
+from slmjax.scaling.fit import Fit
+from slmjax.scaling.points import load_points, load_runs
+from slmjax.scaling.report import write_report
+
+
+class Page(HTMLParser):
+    """Open tags must close; collects links, images and the text."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.links, self.images, self.text = [], [], [], ""
+        self.feed(html)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        attributes = dict(attributes)
+        self.links += [attributes[name] for name in ("src", "href") if name in attributes]
+        if tag == "img":
+            self.images.append(attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="module")
+def path(study):
+    return write_report(study)
+
+
+@pytest.fixture(scope="module")
+def page(path):
+    return Page(path.read_text())
+
+
+def test_it_needs_nothing_from_outside(path, page):
+    assert path.name == "report.html"
+    assert len(page.images) == 3 and all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert not re.search(r"@import|url\(|<script", path.read_text())
+    for image in page.images:
+        svg = base64.b64decode(image["src"].split(",")[1]).decode()
+        assert svg.count("<path") > 20 and image["alt"]
+
+
+def test_the_answer_comes_first_and_is_the_forecast(path, page, study):
+    fitted = Fit.from_json((path.parent / "fit.json").read_text())
+    largest = max(p.C for p in load_points([study]).points)
+    made = forecast.optimum(fitted, 10 * largest, "logged")
+    answer = page.text[page.text.index("With 10× the compute") : page.text.index("Compute-optimal sizes")]
+    for said in (
+        f"{show.count(made['N'].value)} parameters",
+        f"{show.count(made['D'].value)} tokens",
+        f"{made['loss'].value:.3f}",
+        "{:.3f} and {:.3f}".format(*made["loss"].intervals[0.95]),
+        "has not been back-tested",
+        "1 of 22 runs repeat data",
+    ):
+        assert said in answer, said
+    # The planted law stands inside the interval that the page prints.
+    low, high = made["loss"].intervals[0.95]
+    assert low < planted_loss(made["N"].value, made["D"].value) < high
+
+
+def test_every_run_is_on_the_page_once(study, path):
+    html = path.read_text()
+    for run in load_runs(study):
+        assert html.count(f"<td><code>{run.run_id}</code></td>") == 1, run.run_id
+    tables = html[html.index("Runs left out") :]
+    for reason in ("diverged: loss is nan at step 200", "stable phase: a trunk, not annealed", "not started"):
+        assert reason in tables
+
+
+def test_default_budgets_are_multiples_of_the_largest_run_and_marked(page):
+    table = page.text[page.text.index("Compute-optimal sizes") : page.text.index("Loss against compute")]
+    for said in ("1×", "10×, extrapolation", "100×, extrapolation", "1,000×, extrapolation"):
+        assert said in table
+    assert "1×, extrapolation" not in table and "as the runs logged it" in table
+
+
+def test_given_budgets_and_command_are_used_and_bad_budgets_refused(study, tmp_path):
+    page = Page(write_report(study, out=tmp_path, budgets=[3e17], command="slmjax study report X").read_text())
+    assert "3.00×10" in page.text and "1,000×" not in page.text and "slmjax study report X" in page.text
+    assert (tmp_path / "fit.json").exists() and (tmp_path / "figures" / "loss_curves.pdf").exists()
+    with pytest.raises(ValueError, match="budgets"):
+        write_report(study, out=tmp_path, budgets=[-1.0])
+
+
+def test_provenance(page):
+    for said in ("3f2a9c1", "0.10.2", "write_report(", "model.width (5 values)", "learning_rate"):
+        assert said in page.text, said
+
+
+def test_same_records_same_bytes(study, path, tmp_path):
+    again = write_report(study, out=tmp_path)
+    for name in ("report.html", "fit.json", "figures/residuals.svg", "figures/loss_curves.pdf"):
+        assert (again.parent / name).read_bytes() == (path.parent / name).read_bytes(), name
+
+
+def test_without_enough_points_the_reason_stands_in_place_of_the_fit(tmp_path):
+    folder = write_study(tmp_path / "small", widths=(64, 96), ratios=(10, 20), mishaps=False)
+    (folder / "fit.json").write_text("left by an earlier report")
+    page = Page(write_report(folder).read_text())
+    assert "No law could be fitted. 4 points (2 runs were left out) are too few" in page.text
+    assert "Best run so far: w0096r020" in page.text and "Compute-optimal sizes" not in page.text
+    assert len(page.images) == 2 and not (folder / "fit.json").exists()
+
+
+def test_a_study_that_has_not_started(tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"name": "<b>new</b>", "runs": [{"run_id": "a", "tags": {}}]}))
+    html = write_report(tmp_path).read_text()
+    page = Page(html)
+    assert "not started" in page.text and not page.images
+    assert "<b>new</b>" not in html and "&lt;b&gt;new&lt;/b&gt;" in html
+
+
+def test_a_branch_is_drawn_from_where_it_leaves_its_trunk(study):
+    runs = {run.run_id: run for run in load_runs(study)}
+    figure = plots.loss_curves([runs["trunk0096"], runs["w0096r040"]])
+    trunk, branch = (line for line in figure.axes[0].lines if len(line.get_xdata()) > 1 and line.get_alpha() is None)
+    left_at = runs["w0096r040"].branch_step * 8192
+    assert branch.get_xdata()[0] == left_at
+    on_trunk = trunk.get_ydata()
+    assert min(on_trunk) < branch.get_ydata()[0] < max(on_trunk)
+    assert branch.get_linestyle() != trunk.get_linestyle() and branch.get_ydata()[-1] < branch.get_ydata()[0]
+
+
+COUNTS = {950: "950", 999.7: "1k", 1.25e6: "1.25M", 7.4e10: "74B", 2.5e15: "2.5e+15", float("inf"): "unbounded"}
+
+
+@pytest.mark.parametrize(("value", "text"), COUNTS.items())
+def test_counts_read_well(value, text):
+    assert show.count(value) == text
