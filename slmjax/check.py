@@ -21,24 +21,27 @@ TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Mean absolute activations along one axis of size: by name, [steps + 1, sizes], row t after t updates."""
+    """Mean absolute activations along one axis of size: by name, [steps + 1, sizes], row t after t updates.
+
+    `logits` are an exception: their mean absolute change since step 0.
+    """
 
     axis: str  # width | depth
     sizes: tuple[int, ...]
     activations: dict[str, np.ndarray]
 
-    def slopes(self) -> dict[str, np.ndarray]:
-        """By name, [steps + 1]: the slope of log activation against log size."""
+    def slopes(self) -> dict[str, float]:
+        """By name, the slope of log activation against log size after the last update."""
         x = np.log(self.sizes)
-        return {name: np.polyfit(x, np.log(rows).T, 1)[0] for name, rows in self.activations.items()}
+        return {name: float(np.polyfit(x, np.log(rows[-1]), 1)[0]) for name, rows in self.activations.items()}
 
     def failures(self, tolerance: float = TOLERANCE) -> dict[str, float]:
-        """Names whose slope after the last update is outside ±tolerance.
+        """The slopes outside ±tolerance; of logits, those above it.
 
-        Not the slopes at step 0: there logits may fall as 1/sqrt(width), and what matters is where training goes.
+        Logits may fall towards their limit: what the initial readout sees shrinks as 1/sqrt(width), and fades slowly.
         """
-        last = {name: float(slope[-1]) for name, slope in self.slopes().items()}
-        return {name: slope for name, slope in last.items() if not abs(slope) <= tolerance}
+        slopes = self.slopes().items()
+        return {name: s for name, s in slopes if not (s if name == "logits" else abs(s)) <= tolerance}
 
     def table(self, tolerance: float = TOLERANCE) -> str:
         """One line per activation: its size at each model size after the last update, and the slope."""
@@ -46,15 +49,15 @@ class Coordinates:
         lines = [f"{'mean |activation|':20s}" + "".join(f"{self.axis}={n:<8d}" for n in self.sizes) + "slope"]
         for name, slope in self.slopes().items():
             values = "".join(f"{v:<{len(self.axis) + 9}.4g}" for v in self.activations[name][-1])
-            lines.append(f"{name:20s}{values}{slope[-1]:+.3f}" + (" outside" if name in failed else ""))
+            lines.append(f"{name:20s}{values}{slope:+.3f}" + (" outside" if name in failed else ""))
         return "\n".join(lines)
 
 
-def coordinates(cfg: RunConfig, axis: str, sizes: tuple[int, ...], steps: int = 8, num_seeds: int = 3) -> Coordinates:
+def coordinates(cfg: RunConfig, axis: str, sizes: tuple[int, ...], steps: int = 5, num_seeds: int = 3) -> Coordinates:
     """Trains `steps` updates at each size and records activations on one fixed batch, averaged over seeds.
 
-    The learning rate is the config's, constant: choose one large enough to move every weight. In depth, activations of
-    a kind are averaged over layers and the residual stream is that of the last.
+    The learning rate is the config's, constant: choose one large enough to move every weight. Against width every
+    layer is looked at on its own; against depth, as in CompleteP (2505.01618), the residual stream after the last.
 
     Raises:
       ConfigError: a width that is not a multiple of the config's head_dim.
@@ -86,32 +89,34 @@ def _at_size(cfg: RunConfig, steps: int, num_seeds: int, per_layer: bool) -> dic
         params = jax.tree.map(lambda a: a[0], state.params)
         x_BTD, extras = prog.model.hidden(params, tokens_BT, None, attention)
         logits = prog.model.unembed(params, x_BTD)
-        return {**extras["activations"], "final": jnp.mean(jnp.abs(x_BTD)), "logits": jnp.mean(jnp.abs(logits))}
+        return {**extras["activations"], "final": jnp.mean(jnp.abs(x_BTD))}, logits
 
     hyper = jax.tree.map(lambda a: a[None, None], optim.hyper_at(cfg, 1.0))
     runs = []
     for seed in range(num_seeds):
         std = np.full(1, cfg.model.parametrization.init_std, np.float32)
         state = prog.init(np.full(1, seed, np.uint32), std)
-        rows = [_flat(look(state, fixed), per_layer)]
+        seen, logits_0 = look(state, fixed)
+        rows = [_flat(seen, 0.0, per_layer)]
         for step in range(steps):
             tokens, segments = (a[None, None] for a in dataset.batch_at(step))
             state, _ = prog.train(state, tokens, segments, hyper, np.ones(1, np.int32))
-            rows.append(_flat(look(state, fixed), per_layer))
+            seen, logits = look(state, fixed)
+            rows.append(_flat(seen, float(jnp.mean(jnp.abs(logits - logits_0))), per_layer))
         runs.append(rows)
     return {name: np.mean([[row[name] for row in rows] for rows in runs], axis=0) for name in runs[0][0]}
 
 
-def _flat(activations: dict, per_layer: bool) -> dict[str, float]:
+def _flat(activations: dict, logits: float, per_layer: bool) -> dict[str, float]:
     flat = {}
     for name, value in jax.device_get(activations).items():
         if np.ndim(value) == 0:
             flat[name] = float(value)
         elif per_layer:
             flat |= {f"{name}.{layer}": float(v) for layer, v in enumerate(value)}
-        else:
-            flat[name] = float(value[-1] if name == "residual" else np.mean(value))
-    return flat
+        elif name == "residual":
+            flat[name] = float(value[-1])
+    return {**flat, "logits": logits} if per_layer else flat
 
 
 def plot(checks: list[Coordinates], path: Path, title: str) -> None:
@@ -130,14 +135,12 @@ def plot(checks: list[Coordinates], path: Path, title: str) -> None:
         failed = check.failures()
         for panel, name in zip(row, check.activations, strict=False):
             values = check.activations[name]
-            for t, line in enumerate(values):
+            for t, line in enumerate(np.where(values > 0, values, np.nan)):
                 panel.loglog(check.sizes, line, color=plt.cm.viridis(0.9 - 0.8 * t / max(1, len(values) - 1)), lw=1)
-            panel.set_title(
-                f"{name}\n{check.slopes()[name][-1]:+.2f}", fontsize=8, color="C3" if name in failed else "k"
-            )
+            panel.set_title(f"{name}\n{check.slopes()[name]:+.2f}", fontsize=8, color="C3" if name in failed else "k")
             panel.set_xticks(check.sizes, check.sizes, fontsize=6)
             panel.set_xticks([], minor=True)
-            low, high = values.min(), values.max()
+            low, high = values[values > 0].min(), values.max()
             middle = math.sqrt(low * high)
             panel.set_ylim(min(low / 1.2, middle / 3), max(high * 1.2, middle * 3))  # flat must look flat
             panel.tick_params(axis="y", labelsize=6, which="both")

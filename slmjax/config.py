@@ -7,6 +7,7 @@ Experiment files hand over an `ml_collections.ConfigDict` (made by `config_dict(
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -88,7 +89,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = "adamw"  # adamw | muon | any dotted path exporting build(cfg, specs) -> optax transformation factory
+    name: str = "adamw"  # adamw | muon | any dotted path exporting direction(specs, rules, hyper), an optax chain
     lr: float = 1e-2  # peak
     weight_decay: float = 0.1
     decay_rule: str = "lr"  # lr: decays by schedule * lr * weight_decay | independent: by schedule * weight_decay
@@ -170,8 +171,11 @@ HYPER = frozenset(
 
 
 def config_dict(cfg: RunConfig | None = None) -> ConfigDict:
-    """The defaults (or `cfg`) as a locked ConfigDict: where every experiment file starts."""
-    return ConfigDict(to_dict(cfg or RunConfig()))
+    """The defaults (or `cfg`) as a ConfigDict, locked but for `options`: where every experiment file starts."""
+    values = ConfigDict(to_dict(cfg or RunConfig())).lock()
+    for group in (values.model, values.objective):
+        group.options.unlock()
+    return values
 
 
 def to_dict(cfg) -> dict:
@@ -251,6 +255,23 @@ def nearest(value: str, choices) -> str:
     return f"did you mean {near[0]!r}? (choices: {listed})" if near else f"choices: {listed}"
 
 
+def exported(key: str, module: str, name: str):
+    """What the module that a config key names exports under `name`; imports it.
+
+    Raises:
+      ConfigError: no such module, or it has no such name.
+    """
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and something it imports is not
+        raise ConfigError(f"{key}={module!r} cannot be imported: there is no module {error.name!r}") from None
+    if not hasattr(found, name):
+        raise ConfigError(f"{key}={module!r} does not export {name!r}")
+    return getattr(found, name)
+
+
 def _digest(tree) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True, allow_nan=False).encode()).hexdigest()[:10]
 
@@ -279,12 +300,22 @@ def _coerce(hint, value, key: str):
             raise ConfigError(f"{key}={value!r} must be a list, e.g. ({value!r},)")
         return tuple(_coerce(typing.get_args(hint)[0], v, key) for v in value)
     if origin is not None and issubclass(origin, Mapping):
-        return dict(value)
+        return _plain(value, key)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ConfigError(f"{key}={value!r} must be {hint.__name__}, not {type(value).__name__}")
     return value
+
+
+def _plain(value, key: str) -> dict:
+    """A fork's own options as JSON gives them back, so that a run's identity and its config.json agree."""
+    try:
+        if isinstance(value, Mapping):
+            return json.loads(json.dumps(_thaw(value), allow_nan=False))
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"{key}={value!r} must be a mapping that JSON can carry: names, finite numbers, lists, mappings")
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...], extensible: bool = False) -> None:
@@ -348,9 +379,11 @@ def _validate_ranges(cfg: RunConfig) -> None:
         "model.vocab_size model.window model.logit_softcap model.parametrization.base_head_dim objective.z_loss "
         "objective.loss_chunk optim.weight_decay optim.clip_norm optim.spike_factor schedule.warmup_steps "
         "schedule.decay_steps schedule.half_life_steps mesh.data log.eval_every log.checkpoint_every "
-        "train.seed data.seed data.vocab_size"
+        "data.seed"
     ).split():
         _check_range(key, flat[key], 0)
+    _check_range("train.seed", cfg.train.seed, 0, 2**32 - 1)
+    _check_range("data.vocab_size", cfg.data.vocab_size, 1)
     for key in ("optim.b1", "optim.b2", "optim.momentum", "optim.ema_decay"):
         _check_range(key, flat[key], 0, 0.999999999)
     _check_range("data.held_out", cfg.data.held_out, 0, 0.5, open_low=True)

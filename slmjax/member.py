@@ -14,7 +14,7 @@ import numpy as np
 
 from slmjax import config, data, evaluate, ladder, records, schedules
 from slmjax.checkpoint import Checkpointer
-from slmjax.lease import RunLease
+from slmjax.lease import LeaseError, RunLease
 from slmjax.program import Metrics, Program
 from slmjax.study import Run
 from slmjax.tensorboard import TensorBoard
@@ -34,9 +34,9 @@ class Member:
         self.run, self.folder, self.program = run, folder / run.run_id, program
         self.step, self.saved_step, self.state, self.reason = 0, -1, "running", None
         self.first_step = self.logged_step = 0
-        self.loss = self.eval = None
+        self.loss = self.eval = self.writer = None
         self.tokens_per_s = 0.0
-        self.num_skipped = self.num_consecutive = 0
+        self.num_skipped = self.most_consecutive = 0
         self.began = self.read_at = self.saved_at = time.monotonic()
         self.status_at = 0.0
         self._open = contextlib.ExitStack()
@@ -52,7 +52,6 @@ class Member:
         self.writer = records.RunWriter(self.folder)
         self._open.callback(self.writer.close)
         self.dataset = data.open_dataset(cfg)
-        self.batch_shape = (cfg.train.batch_size, cfg.data.seq_len + 1)
         if self.dataset.vocab_size > self.program.model.specs["embed"]["table"].shape[0]:
             raise config.ConfigError(
                 f"model.vocab_size={self.program.model.specs['embed']['table'].shape[0]} is smaller than the data's "
@@ -73,17 +72,18 @@ class Member:
         self._open.callback(self.tensorboard.close)
 
     def restore(self):
-        """This run's newest checkpoint, or the newest that another run of the study shares with it; None to start anew."""
+        """This run's newest checkpoint, or the newest that another run beside it shares with it; None to start anew."""
         found = self.checkpoints.restore(self.program.abstract_member)
         if found is not None:
             self.step, state, _ = found
             self.saved_step = self.step
-            return state
-        donor, step = shared_checkpoint(self.run.config, self.folder)
-        if donor is None:
-            return None
-        with Checkpointer(donor / "checkpoints") as other:
-            self.step, state, _ = other.restore(self.program.abstract_member, step)
+        else:
+            donor, step = shared_checkpoint(self.run.config, self.folder, self.dataset.fingerprint)
+            if donor is None:
+                return None
+            with Checkpointer(donor / "checkpoints") as other:
+                self.step, state, _ = other.restore(self.program.abstract_member, step)
+        self.num_skipped, self.most_consecutive = int(state.skips.total), int(state.skips.consecutive)
         return state
 
     def start(self) -> None:
@@ -110,6 +110,7 @@ class Member:
             family="dense",
             mesh=dict(self.program.mesh.shape),
         )
+        self.tensorboard.start(self.step)
         self.writer.status("running", **self._progress())
 
     @property
@@ -134,12 +135,18 @@ class Member:
 
     @property
     def diverging(self) -> bool:
-        return self.num_consecutive >= self.run.config.optim.max_skips
+        return self.most_consecutive >= self.run.config.optim.max_skips
+
+    @property
+    def due(self) -> bool:
+        """Whether there is anything to do between two dispatches."""
+        return self.at_end or self.diverging or self.checkpoint_due or self.evaluation_due
 
     @property
     def checkpoint_due(self) -> bool:
         cfg = self.run.config
-        if self.step == self.saved_step or self.step == self.first_step:
+        # What another run's checkpoint began is saved there, unless there is nothing to add to it.
+        if self.step == self.saved_step or (self.step == self.first_step and not self.at_end):
             return False
         every = cfg.log.checkpoint_every
         by_clock = not every and time.monotonic() - self.saved_at > CHECKPOINT_INTERVAL_S
@@ -176,7 +183,9 @@ class Member:
             self.writer.write("train", **line)
             self.tensorboard.scalars(step, {k: line[k] for k in ("loss", "grad_norm", "lr", "tokens_per_s")}, "train")
         self.loss, self.logged_step = float(metrics.loss[-1]), first + count
-        self.num_skipped, self.num_consecutive = int(metrics.skipped[-1]), int(metrics.consecutive[-1])
+        self.num_skipped = int(metrics.skipped[-1])
+        # The longest row of skips, which need not be the last: what diverges must not hang on where dispatches end.
+        self.most_consecutive = max(self.most_consecutive, int(np.max(metrics.consecutive)))
         self.lease.beat()
         if now - self.status_at > STATUS_INTERVAL_S:
             self.status_at = now
@@ -200,12 +209,32 @@ class Member:
         meta = {"run_id": self.run.run_id, "phase": self.phase, "tokens": self.step * self.tokens_per_step}
         pinned = self.step in self.run.save_steps or self.step == config.decay_start(cfg)
         self.checkpoints.save(self.step, state, meta | {"data": self.dataset.fingerprint}, pinned=pinned)
+        if self.step in self.run.save_steps:
+            self.checkpoints.wait()  # saved_step tells branches that they can start, and they read it at once
         self.saved_step, self.saved_at = self.step, time.monotonic()
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """Ends the attempt; "done" only once its checkpoint is on disk."""
         self.checkpoints.wait()
         final = self.eval if self.eval and self.eval["step"] == self.step else {}
+        self._end(state, reason, final, self.dataset.epochs_at(self.step))
+        if state == "done":  # last of all: nothing more is written to a folder that says DONE
+            self.tensorboard.hparams(self.run.config, final)
+            self.writer.done()
+        self.close()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the attempt with an error's reason; its traceback goes to error.txt in the run's folder."""
+        self.state, self.reason = "failed", f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # what failed may be the disk; the caller has the reason in any case
+            if not isinstance(error, LeaseError):  # lost to another writer, whose folder it is now
+                (self.folder / "error.txt").write_text("".join(traceback.format_exception(error)))
+                if self.writer is not None:
+                    self._end("failed", self.reason, {}, None)
+        with contextlib.suppress(Exception):  # a failed save has been reported above
+            self.close()
+
+    def _end(self, state: str, reason: str | None, final: dict, epochs: float | None) -> None:
         self.writer.write(
             "end",
             status=state,
@@ -214,39 +243,12 @@ class Member:
             **{key: final.get(key) for key in ("loss", "loss_se", "bits_per_byte")},
             wall_s=round(time.monotonic() - self.began, 3),
             num_skipped=self.num_skipped,
-            epochs=self.dataset.epochs_at(self.step),
+            epochs=epochs,
             phase=self.phase,
             reason=reason,
         )
         self.state, self.reason = state, reason
-        if state == "done":
-            self.tensorboard.hparams(self.run.config, final)
-            self.writer.done()
         self.writer.status(state, reason=reason, **self._progress())
-        self.close()
-
-    def fail(self, error: Exception) -> None:
-        """Ends the attempt with an error's reason; its traceback goes to error.txt in the run's folder."""
-        self.state, self.reason = "failed", f"{type(error).__name__}: {error}"
-        (self.folder / "error.txt").write_text("".join(traceback.format_exception(error)))
-        with contextlib.suppress(AttributeError):  # it may have failed before there was a writer
-            self.writer.write(
-                "end",
-                status="failed",
-                step=self.step,
-                tokens=self.step * self.tokens_per_step,
-                loss=None,
-                loss_se=None,
-                bits_per_byte=None,
-                wall_s=round(time.monotonic() - self.began, 3),
-                num_skipped=self.num_skipped,
-                epochs=None,
-                phase=self.phase,
-                reason=self.reason,
-            )
-            self.writer.status("failed", reason=self.reason, **self._progress())
-        with contextlib.suppress(Exception):  # a failed save has been reported above
-            self.close()
 
     def close(self) -> None:
         self._open.close()
@@ -261,16 +263,24 @@ class Member:
         }
 
 
-def shared_checkpoint(cfg: config.RunConfig, folder: Path) -> tuple[Path | None, int]:
-    """The sibling folder and step of the longest saved beginning that this run shares (`config.shared_steps`)."""
+def shared_checkpoint(cfg: config.RunConfig, folder: Path, fingerprint: dict) -> tuple[Path | None, int]:
+    """The sibling folder and step of the longest saved beginning that this run shares (`config.shared_steps`).
+
+    fingerprint: of the run's data; a sibling that trained on others under the same name shares nothing.
+    """
     best = (None, 0)
-    mine = config.to_dict(cfg)
+    mine = _plain(config.to_dict(cfg))
     for path in folder.parent.glob("*/config.json"):
         theirs = records.read_json(path)
         # Cheap to see and true of most siblings: another model, seed or optimizer shares nothing.
-        if path.parent == folder or any(theirs.get(k) != _plain(mine[k]) for k in ("model", "objective", "optim")):
+        if path.parent == folder or any(theirs.get(k) != mine[k] for k in ("model", "objective", "optim")):
             continue
-        shared = config.shared_steps(config.resolve(theirs), cfg)
+        if (records.read_json(path.with_name("provenance.json")) or {}).get("data") != fingerprint:
+            continue
+        try:
+            shared = config.shared_steps(config.resolve(theirs), cfg)
+        except config.ConfigError:  # written by another version
+            continue
         steps = [s for s in Checkpointer(path.parent / "checkpoints").steps() if best[1] < s <= shared]
         if steps:
             best = (path.parent, max(steps))
@@ -292,10 +302,13 @@ def provenance() -> dict:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     root = Path(__file__).resolve().parents[1]
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = None
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "-C", root, "describe", "--always", "--dirty"]
+        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "argv": sys.argv,
-        "git": git.stdout.strip() or None,
+        "git": git,
         "versions": versions,
         "python": platform.python_version(),
         "devices": [device.device_kind for device in jax.devices()],

@@ -1,10 +1,9 @@
 """Optimizers over ParamSpecs: each tensor gets its role's learning-rate, decay and epsilon factors.
 
-Every number that a sweep varies is in `Hyper`, an input of the compiled step; the optax chain is built around the traced
-values when the step is traced, so its state layout is fixed and its numbers are free.
+Every number that a sweep varies is in `Hyper`, an input of the compiled step; the optax chain is built around the
+traced values when the step is traced, so its state layout is fixed and its numbers are free.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 from optax.contrib._muon import scale_by_shape
 
-from slmjax.config import OptimConfig, RunConfig
+from slmjax.config import OptimConfig, RunConfig, exported
 from slmjax.models import Model, ParamSpec, is_spec
 
 
@@ -48,7 +47,7 @@ def build(cfg: OptimConfig, model: Model) -> Optimizer:
     A tensor w moves by -(lr x rule.lr x direction + decay x rule.decay x w), `direction` being the optimizer's.
     """
     rules = jax.tree.map(model.rules, model.specs, is_leaf=is_spec)
-    directions = _DIRECTIONS.get(cfg.name) or importlib.import_module(cfg.name).direction
+    directions = _DIRECTIONS.get(cfg.name) or exported("optim.name", cfg.name, "direction")
 
     def init(params):
         return directions(model.specs, rules, _PLACEHOLDER).init(params)

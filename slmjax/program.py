@@ -129,7 +129,7 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
 
 
 def make_evaluate(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
-    """(state, tokens_BT1, segments_BT1 or None, seed) → (summed nll_B, weight_B); the EMA is evaluated when there is one."""
+    """(state, tokens_BT1, segments_BT1 or None, seed) → (summed nll_B, weight_B), of the EMA when there is one."""
 
     def evaluate(state: TrainState, tokens_BT1, segments_BT1, seed):
         params = state.ema if state.ema != () else state.params

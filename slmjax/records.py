@@ -44,7 +44,8 @@ class RunWriter:
 
     def __init__(self, run_dir: Path):
         run_dir.mkdir(parents=True, exist_ok=True)
-        self.run_dir, self.attempt = run_dir, len(attempt_files(run_dir))
+        files = attempt_files(run_dir)
+        self.run_dir, self.attempt = run_dir, attempt_number(files[-1]) + 1 if files else 0
         self._file = open(run_dir / f"attempt-{self.attempt:03d}.jsonl", "x", encoding="utf-8")  # noqa: SIM115
 
     def write(self, kind: str, **values) -> None:
@@ -84,7 +85,13 @@ class RunRecords:
 
 
 def attempt_files(run_dir: Path) -> list[Path]:
-    return sorted(p for p in run_dir.glob("attempt-*.jsonl") if re.fullmatch(r"attempt-\d+\.jsonl", p.name))
+    """In the order of the attempts."""
+    files = (p for p in run_dir.glob("attempt-*.jsonl") if re.fullmatch(r"attempt-\d+\.jsonl", p.name))
+    return sorted(files, key=attempt_number)
+
+
+def attempt_number(path: Path) -> int:
+    return int(path.stem.split("-")[1])
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -124,7 +131,8 @@ def load_run(run_dir: Path | str) -> RunRecords:
                 case "train":
                     run.train.append(record)
                 case "eval":
-                    run.evals.append(record)
+                    # A run killed between its last checkpoint and DONE is evaluated there again.
+                    run.evals = [r for r in run.evals if r["step"] != record["step"]] + [record]
                 case "end":
                     run.end = record
     return run

@@ -4,12 +4,11 @@ They run on the host and enter the compiled step as an input, so changing one ne
 nothing restored. Steps are numbered from 0: the multiplier of step s is that of the update that completes s + 1 steps.
 """
 
-import importlib
 import math
 
 import numpy as np
 
-from slmjax.config import RunConfig, ScheduleConfig, decay_start, decay_steps
+from slmjax.config import RunConfig, ScheduleConfig, decay_start, decay_steps, exported
 
 
 def decay_multiplier(cfg: ScheduleConfig, x: float, length: int) -> float:
@@ -27,7 +26,7 @@ def decay_multiplier(cfg: ScheduleConfig, x: float, length: int) -> float:
         case "cosine":
             return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * x))
         case "inverse":
-            return 1 / (x / floor + (1 - x))
+            return floor / (x + (1 - x) * floor)
         case "exponential":
             return floor**x
         case "half_life":
@@ -50,7 +49,7 @@ def multiplier(cfg: RunConfig, step: int) -> float:
             )
         step = steps
     if "." in schedule.name:
-        return importlib.import_module(schedule.name).multiplier(schedule, steps, step)
+        return exported("schedule.name", schedule.name, "multiplier")(schedule, steps, step)
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps  # the paper's s/W with s counted from 1, so that no update is wasted
     match schedule.name:
@@ -59,8 +58,7 @@ def multiplier(cfg: RunConfig, step: int) -> float:
         case "wsd":
             return _decay(schedule, step, decay_start(cfg), decay_steps(cfg))
         case "wsd_s":
-            end = next((end for end in schedule.period_ends if step < end), steps)
-            return _decay(schedule, step, end - decay_steps(cfg), decay_steps(cfg))
+            return _decay(schedule, step, _period_end(cfg, step) - decay_steps(cfg), decay_steps(cfg))
     x = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
     falling = 1 - x if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * x))
     return schedule.final_ratio + (1 - schedule.final_ratio) * falling
@@ -72,6 +70,11 @@ def _decay(schedule: ScheduleConfig, step: int, start: int, length: int) -> floa
     return 1.0 if step < start else decay_multiplier(schedule, (step - start) / length, length)
 
 
+def _period_end(cfg: RunConfig, step: int) -> int:
+    """Where the wsd_s period that `step` is in ends; of a step past the run, the run's end."""
+    return next((end for end in cfg.schedule.period_ends if step < end), cfg.train.steps)
+
+
 def phase(cfg: RunConfig, step: int) -> str:
     """`warmup`, `stable` or `decay`: what the rate was doing at `step`."""
     if step < cfg.schedule.warmup_steps:
@@ -81,7 +84,7 @@ def phase(cfg: RunConfig, step: int) -> str:
     if cfg.schedule.name == "wsd":
         return "stable" if step < decay_start(cfg) else "decay"
     if cfg.schedule.name == "wsd_s":
-        return "stable" if step < next(e for e in cfg.schedule.period_ends if step < e) - decay_steps(cfg) else "decay"
+        return "stable" if step < _period_end(cfg, step) - decay_steps(cfg) else "decay"
     return "decay"
 
 

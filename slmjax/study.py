@@ -1,7 +1,7 @@
 """A Study: a named list of Runs with tags, made by combining axes of config overrides. No JAX: planning is instant.
 
 sizes = axis("size", {"s": ladder.shape(64, 2), "m": ladder.shape(128, 4)})
-study = Study("wsd_ladder", base, branch(product(sizes, axis("optim.lr", [0.01])), tokens=..., decay_fraction=0.1))
+study = Study("wsd_ladder", base, branch(product(sizes, axis("optim.lr", [0.01])), [1000, 2000], decay_fraction=0.1))
 """
 
 import functools

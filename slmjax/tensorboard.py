@@ -17,13 +17,20 @@ class TensorBoard:
 
             self._writer = EventFileWriter(str(folder))
 
+    def start(self, step: int) -> None:
+        """Marks an attempt that goes on after `step` steps: what an earlier one logged past them is not shown."""
+        if self._writer is not None:
+            from tensorboard.compat.proto.event_pb2 import SessionLog
+
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+
     def scalars(self, step: int, values: dict, prefix: str) -> None:
         if self._writer is None:
             return
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         tags = [Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in values.items() if v is not None]
-        self._add(step, Summary(value=tags))
+        self._add(step, summary=Summary(value=tags))
 
     def hparams(self, cfg: RunConfig, result: dict) -> None:
         """The config's numbers and names beside the final held-out loss, for the HParams tab."""
@@ -32,14 +39,14 @@ class TensorBoard:
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         flat = {k: v for k, v in flatten(cfg).items() if isinstance(v, bool | int | float | str)}
-        self._add(0, hparams_pb(flat))
+        self._add(0, summary=hparams_pb(flat))
         if result:
             self.scalars(result["step"], {"loss": result["loss"]}, "hparams")
 
-    def _add(self, step: int, summary) -> None:
+    def _add(self, step: int, **what) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.add_event(Event(wall_time=time.time(), step=step, **what))
 
     def close(self) -> None:
         if self._writer is not None:

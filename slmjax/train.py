@@ -1,7 +1,7 @@
 """Training a pack of runs with one Program: fill the members, dispatch steps, log, evaluate, save, finish, refill.
 
-A run on its own is a pack of one. The loop keeps one dispatch in flight: while the devices work on it, the host reads the
-metrics of the one before and prepares the batches of the next. Between dispatches it looks at events (evaluation,
+A run on its own is a pack of one. The loop keeps one dispatch in flight: while the devices work on it, the host reads
+the metrics of the one before and prepares the batches of the next. Between dispatches it looks at events (evaluation,
 checkpoint, end) and at signals. Everything a member does to its folder goes through `slmjax.member`.
 """
 
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from slmjax import config, ladder, optim, program, schedules, sharding
 from slmjax.lease import LeaseError
 from slmjax.member import Member
-from slmjax.program import Program
+from slmjax.program import Metrics, Program
 from slmjax.progress import Progress
 from slmjax.study import Run
 
@@ -45,21 +45,29 @@ def build_program(runs: list[Run], num_members: int | None = None) -> Program:
         num_members = min(len(devices), chains) if on_cpu and not split else 1
     if num_members > 1 and on_cpu:
         mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, data=1), num_members, devices[:num_members])
+    elif num_members > 1:
+        mesh = sharding.make_mesh(cfg.mesh, 1, devices[:1])
     else:
-        mesh = sharding.make_mesh(_fitting(cfg, len(devices)), 1, devices if num_members == 1 else devices[:1])
+        mesh = sharding.make_mesh(cfg.mesh, 1, _host_devices(cfg, devices) if on_cpu else devices)
+        _check_batch(cfg, mesh)
     return program.build(cfg, num_members, mesh)
 
 
-def _fitting(cfg: config.RunConfig, num_devices: int) -> config.MeshConfig:
-    """The run's mesh; with mesh.data=0 on CPU, the most host devices that its micro-batch splits over."""
+def _host_devices(cfg: config.RunConfig, devices: list) -> list:
+    """The host devices of one run: what its mesh asks for; with mesh.data=0, the most its micro-batch splits over."""
     mesh, micro = cfg.mesh, cfg.train.batch_size // cfg.optim.micro_batches
-    shards = max(1, num_devices // (mesh.fsdp * mesh.tensor * mesh.expert)) * mesh.fsdp
-    if mesh.data == 0 and micro % shards:
+    fixed = mesh.fsdp * mesh.tensor * mesh.expert
+    fitting = (data for data in range(len(devices) // fixed, 0, -1) if micro % (data * mesh.fsdp) == 0)
+    return devices[: (mesh.data or next(fitting, 1)) * fixed]
+
+
+def _check_batch(cfg: config.RunConfig, mesh) -> None:
+    micro, shards = cfg.train.batch_size // cfg.optim.micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
+    if micro % shards:
         raise config.ConfigError(
             f"a micro-batch of {micro} sequences does not split over {shards} devices; use a multiple of {shards} for "
             f"train.batch_size/optim.micro_batches, or fewer devices"
         )
-    return mesh
 
 
 class Outcome(dict):
@@ -85,14 +93,16 @@ def train_pack(
     if not waiting:
         return outcome
     with stop_on_signal() as stop, progress or Progress() as progress:
-        pack = _Pack(build_program(waiting, num_members), waiting, folder, outcome, progress)
+        # Of all runs, finished or not: a relaunch must get the members it had, or its last bits are others.
+        pack = _Pack(build_program(runs, num_members), waiting, folder, outcome, progress)
         try:
             while pack.fill():
-                pack.dispatch()
-                pack.handle_events()
                 if stop.requested(pack.dispatched):
                     pack.preempt()
                     break
+                if not pack.due:  # as a run is that was killed between its last checkpoint and DONE
+                    pack.dispatch()
+                pack.handle_events()
         finally:
             pack.abandon()
     return outcome
@@ -110,7 +120,10 @@ class _Pack:
         self.state = None
         self.in_flight: collections.deque = collections.deque()
         self.dispatched = 0
-        self.idle_hyper = optim.hyper_at(waiting[0].config, 0.0)
+        cfg = waiting[0].config  # what fixes shapes is the same for all
+        self.batch_size, self.row_tokens = cfg.train.batch_size, cfg.data.seq_len + 1
+        self.steps_per_dispatch = cfg.mesh.steps_per_dispatch
+        self.idle_hyper = optim.hyper_at(cfg, 0.0)
 
     def fill(self) -> bool:
         """Gives every free place to a run that can start; False when nothing is left to train."""
@@ -135,9 +148,10 @@ class _Pack:
     def _open(self, run: Run, place: int) -> Member | None:
         try:
             member = Member(run, self.folder, self.program)
-        except LeaseError as error:
-            self._closed(run.run_id, "failed", str(error))
+        except (LeaseError, OSError) as error:  # nothing is written to a folder that is another's
+            self._closed(run.run_id, "failed", f"{type(error).__name__}: {error}")
             return None
+        self.members[place] = member
         try:
             member.open()
             if self.state is None:
@@ -151,14 +165,14 @@ class _Pack:
             self.state = self.program.put(self.state, restored, place)
             member.start()
         except Exception as error:
-            member.fail(error)
-            self._closed(run.run_id, "failed", f"{type(error).__name__}: {error}")
-            return None
-        self.members[place] = member
-        if member.at_end:  # killed between the last checkpoint and DONE
-            self.handle_events()
-            return self.members[place]
-        return member
+            self._fail(place, error)
+        return self.members[place]
+
+    def _fail(self, place: int, error: Exception) -> None:
+        """Ends a member for an error of its own; the others go on."""
+        member, self.members[place] = self.members[place], None
+        member.fail(error)
+        self._closed(member.run.run_id, "failed", member.reason)
 
     def _closed(self, run_id: str, state: str, reason: str | None = None) -> None:
         self.outcome[run_id] = state
@@ -168,10 +182,10 @@ class _Pack:
 
     def dispatch(self) -> None:
         """Sends the next steps of every member to the devices, then reads the metrics of the dispatch before."""
-        K = self.program_steps
+        K = self.steps_per_dispatch
         num_steps = min([K, *(m.next_event - m.step for m in self.members if m)])
+        batches = [self._batches(place, num_steps) for place in range(len(self.members))]
         spans = [(m, m.step, num_steps) if m else (None, 0, 0) for m in self.members]
-        batches = [self._batches(m, first, count, K) for m, first, count in spans]
         tokens, segments = (np.stack(arrays) for arrays in zip(*batches, strict=True))
         hyper = jax.tree.map(lambda *leaves: np.stack(leaves), *(self._hypers(*span, K) for span in spans))
         counts = np.array([count for _, _, count in spans], np.int32)
@@ -184,17 +198,17 @@ class _Pack:
         while len(self.in_flight) > 1:
             self._read_metrics()
 
-    @property
-    def program_steps(self) -> int:
-        return max(m.run.config.mesh.steps_per_dispatch for m in self.members if m)
-
-    def _batches(self, member: Member | None, first: int, count: int, K: int):
-        some = next(m for m in self.members if m)
-        if member is None:
-            return (np.zeros((K, *some.batch_shape), np.int32),) * 2
-        steps = [member.dataset.batch_at(step) for step in range(first, first + count)]
-        padding = [steps[0]] * (K - count)
-        return tuple(np.stack(arrays) for arrays in zip(*steps, *padding, strict=True))
+    def _batches(self, place: int, count: int):
+        """(tokens_KBT1, segments_KBT1) of a member's next steps; a member whose data fail leaves its place."""
+        member, K = self.members[place], self.steps_per_dispatch
+        if member is not None:
+            try:
+                steps = [member.dataset.batch_at(step) for step in range(member.step, member.step + count)]
+                padding = [steps[0]] * (K - count)
+                return tuple(np.stack(arrays) for arrays in zip(*steps, *padding, strict=True))
+            except Exception as error:
+                self._fail(place, error)
+        return (np.zeros((K, self.batch_size, self.row_tokens), np.int32),) * 2
 
     def _hypers(self, member: Member | None, first: int, count: int, K: int):
         if member is None:
@@ -209,28 +223,31 @@ class _Pack:
         metrics, spans = self.in_flight.popleft()
         metrics = jax.device_get(metrics)
         for place, (member, first, count) in enumerate(spans):
-            if member:
-                member.log(first, jax.tree.map(lambda leaf: leaf[place, :count], metrics))  # noqa: B023
+            if member and member.state == "running":
+                try:
+                    member.log(first, Metrics(*(leaf[place, :count] for leaf in metrics)))
+                except Exception as error:
+                    self._fail(place, error)
         self.progress.update([m for m in self.members if m], len(self.waiting))
+
+    @property
+    def due(self) -> bool:
+        return any(m.due for m in self.members if m)
 
     def handle_events(self) -> None:
         """Evaluates, saves and ends the members whose step asks for it."""
-        due = [m for m in self.members if m and (m.at_end or m.diverging or m.checkpoint_due or m.evaluation_due)]
-        if not due:
+        if not self.due:
             return
         while self.in_flight:
             self._read_metrics()
-        if any(m.evaluation_due for m in due):
-            self._evaluate([m for m in due if m.evaluation_due])
+        if any(m.evaluation_due for m in self.members if m):
+            self._evaluate()
         for place, member in enumerate(self.members):
-            if member not in due or member is None:
-                continue
-            try:
-                self._settle(place, member)
-            except Exception as error:
-                member.fail(error)
-                self._closed(member.run.run_id, "failed", f"{type(error).__name__}: {error}")
-                self.members[place] = None
+            if member is not None and member.due:
+                try:
+                    self._settle(place, member)
+                except Exception as error:
+                    self._fail(place, error)
 
     def _settle(self, place: int, member: Member) -> None:
         if member.diverging:
@@ -243,14 +260,14 @@ class _Pack:
             self._closed(member.run.run_id, member.state, member.reason)
             self.members[place] = None
 
-    def _evaluate(self, due: list[Member]) -> None:
+    def _evaluate(self) -> None:
         """Held-out losses of the members that are due; the others' devices would have had to wait anyway."""
-        B = self.program_batch
-        chunks = max(-(-len(m.dataset.held_out.tokens_BT1) // B) for m in due)
+        due = [m for m in self.members if m and m.evaluation_due]
+        chunks = max(-(-len(m.dataset.held_out.tokens_BT1) // self.batch_size) for m in due)
         seeds = np.array([m.run.config.train.seed if m else 0 for m in self.members], np.uint32)
         rows = collections.defaultdict(list)
         for chunk in range(chunks):
-            parts = [self._held_out(m if m in due else None, chunk, B) for m in self.members]
+            parts = [self._held_out(m if m in due else None, chunk) for m in self.members]
             tokens, segments = (np.stack(arrays) for arrays in zip(*parts, strict=True))
             nll, weight = jax.device_get(self.program.evaluate(self.state, tokens, segments, seeds))
             for place, member in enumerate(self.members):
@@ -259,15 +276,14 @@ class _Pack:
         for place, parts in rows.items():
             member = self.members[place]
             num_rows = len(member.dataset.held_out.tokens_BT1)
-            member.evaluated(*np.concatenate(parts, axis=1)[:, :num_rows])
+            try:
+                member.evaluated(*np.concatenate(parts, axis=1)[:, :num_rows])
+            except Exception as error:
+                self._fail(place, error)
 
-    @property
-    def program_batch(self) -> int:
-        return next(m for m in self.members if m).run.config.train.batch_size
-
-    def _held_out(self, member: Member | None, chunk: int, B: int):
-        some = next(m for m in self.members if m)
-        out = np.zeros((2, *some.batch_shape), np.int32)
+    def _held_out(self, member: Member | None, chunk: int):
+        B = self.batch_size
+        out = np.zeros((2, B, self.row_tokens), np.int32)
         if member is not None:
             for i, array in enumerate(member.dataset.held_out):
                 rows = array[chunk * B : (chunk + 1) * B]
@@ -279,12 +295,16 @@ class _Pack:
         while self.in_flight:
             self._read_metrics()
         for place, member in enumerate(self.members):
-            if member is not None:
-                if member.saved_step < member.step:
+            if member is None:
+                continue
+            try:
+                if member.step not in (member.saved_step, member.first_step):
                     member.save(self.program.take(self.state, place))
                 member.finish("preempted")
                 self._closed(member.run.run_id, "preempted")
                 self.members[place] = None
+            except Exception as error:  # the others are still to be saved
+                self._fail(place, error)
         for run in self.waiting:
             self.outcome[run.run_id] = "preempted"
 
@@ -292,7 +312,8 @@ class _Pack:
         """Closes what an exception left open, without pretending that it ended."""
         for member in self.members:
             if member is not None:
-                member.close()
+                with contextlib.suppress(Exception):  # it would hide the exception that led here
+                    member.close()
 
 
 class stop_on_signal(contextlib.AbstractContextManager):

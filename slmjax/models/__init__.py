@@ -4,7 +4,6 @@ A model family is a module with `build(cfg: ModelConfig) -> Model`; `model.build
 Only modules under `slmjax.models` import Linen; the trainer sees nested dicts of arrays, layers stacked on axis 0.
 """
 
-import importlib
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slmjax.config import ModelConfig
+from slmjax.config import ModelConfig, exported
 from slmjax.parametrization import Parametrization, Rule
 
 
@@ -58,7 +57,7 @@ def build(cfg: ModelConfig) -> Model:
     """The Model of a config whose vocab_size is resolved."""
     assert cfg.vocab_size > 0, "vocab_size is resolved before a model is built"
     name = cfg.build if "." in cfg.build else f"slmjax.models.{cfg.build}"
-    return importlib.import_module(name).build(cfg)
+    return exported("model.build", name, "build")(cfg)
 
 
 def is_spec(x) -> bool:

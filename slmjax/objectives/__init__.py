@@ -4,7 +4,6 @@ An objective is a module with `build(cfg: ObjectiveConfig) -> Objective`; `objec
 model: it says what to show (`View`) and which attention to use, and the trainer brings the two together.
 """
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slmjax.config import ObjectiveConfig
+from slmjax.config import ObjectiveConfig, exported
 
 
 class View(NamedTuple):
@@ -38,7 +37,7 @@ class Objective(NamedTuple):
 
 def build(cfg: ObjectiveConfig) -> Objective:
     name = cfg.name if "." in cfg.name else f"slmjax.objectives.{cfg.name}"
-    return importlib.import_module(name).build(cfg)
+    return exported("objective.name", name, "build")(cfg)
 
 
 def cross_entropy(logits_NV, targets_N):

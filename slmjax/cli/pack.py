@@ -1,0 +1,25 @@
+"""slmjax pack FILE [--cores=0,1,...]
+
+Trains the runs of a pack file, as launchers write them, in this process.
+"""
+
+from pathlib import Path
+
+from absl import flags as absl_flags
+from absl.flags import FlagValues
+
+from slmjax import environment, launchers
+from slmjax.config import ConfigError
+
+
+def define(flag_values: FlagValues) -> None:
+    absl_flags.DEFINE_list("cores", None, "cores to stay on; all when not given", flag_values=flag_values)
+
+
+def run(flags: FlagValues, args: list[str]) -> int:
+    if len(args) != 1:
+        raise ConfigError(f"pack takes one file, not {len(args)}")
+    if flags.cores:
+        environment.pin([int(core) for core in flags.cores])
+    environment.prepare()
+    return launchers.train_pack(launchers.read_pack(Path(args[0])))

@@ -1,0 +1,160 @@
+"""What every launcher shares: packs of runs written down, so that a process on any machine can train one.
+
+    OUT/<study>/packs/<program_id>.json .log .lock
+
+The file is all that a pack's process needs (`slmjax pack FILE`): experiment files may change or go after the launch. No
+JAX is imported before `train_pack`.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from slmjax import config, records, study
+from slmjax.study import Run, Study
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Runs of one program, and where their study lives."""
+
+    folder: Path  # of the study
+    runs: list[Run]
+
+    @property
+    def program_id(self) -> str:
+        return self.runs[0].program_id
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / "packs" / f"{self.program_id}.{suffix}"
+
+    @property
+    def unfinished(self) -> list[Run]:
+        return [run for run in self.runs if not (self.folder / run.run_id / "DONE").exists()]
+
+    @property
+    def flops(self) -> int:
+        """What is left to spend, unfinished runs counted whole."""
+        return sum(study.run_flops(run) for run in self.unfinished)
+
+
+def write_packs(plan: Study, out: Path) -> list[Pack]:
+    """Saves the study and its packs under OUT/<study>; the packs, largest work left first."""
+    folder = plan.save(out)
+    packs = [Pack(folder, runs) for runs in study.packs(plan.runs)]
+    (folder / "packs").mkdir(exist_ok=True)
+    for pack in packs:
+        records.write_json(pack.path("json"), {"runs": [_to_json(run) for run in pack.runs]})
+    return sorted(packs, key=lambda pack: -pack.flops)
+
+
+def read_pack(path: Path) -> Pack:
+    """The pack that `write_packs` wrote to `path`.
+
+    Raises:
+      ValueError: it is not a pack file, or its configs are no longer what their run_ids say.
+    """
+    with open(path) as file:
+        runs = [_from_json(entry) for entry in json.load(file)["runs"]]
+    return Pack(path.parent.parent, runs)
+
+
+def _to_json(run: Run) -> dict:
+    return {
+        "run_id": run.run_id,
+        "config": config.to_dict(run.config),
+        "tags": dict(run.tags),
+        "parent": run.parent,
+        "branch_step": run.branch_step,
+        "save_steps": run.save_steps,
+    }
+
+
+def _from_json(entry: dict) -> Run:
+    cfg = config.resolve(entry["config"])
+    run = Run(cfg, entry["tags"], entry["parent"], entry["branch_step"], tuple(entry["save_steps"]))
+    if run.run_id != entry["run_id"]:
+        raise ValueError(
+            f"run {entry['run_id']} was planned by another version of slmjax, which named it so; plan anew"
+        )
+    return run
+
+
+def train_pack(pack: Pack) -> int:
+    """Trains a pack in this process and returns its exit code.
+
+    Whatever ends the pack before its runs begin (a mesh that does not fit, no memory) becomes their reason as well.
+    """
+    from slmjax import train
+
+    try:
+        return train.train_pack(pack.runs, pack.folder).exit_code
+    except Exception as error:
+        for run in pack.unfinished:
+            _blame(pack.folder / run.run_id, run, error)
+        raise
+
+
+def _blame(run_dir: Path, run: Run, error: Exception) -> None:
+    status = records.read_json(run_dir / "status.json") or {}
+    if status.get("state") in ("failed", "diverged") and status.get("pid") == os.getpid():
+        return  # it ended for a reason of its own
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)))
+    left = {"step": 0, "total_steps": run.config.train.steps, "loss": None, "tokens_per_s": 0, "attempt": 0}
+    now = {"state": "failed", "pid": os.getpid(), "time": time.time(), "reason": f"{type(error).__name__}: {error}"}
+    records.write_json(run_dir / "status.json", left | status | now)
+
+
+# --- locks: held by an open file, so that the kernel drops them when their process dies ------------------------------
+
+
+def take_lock(path: Path) -> int | None:
+    """An open descriptor that holds the lock, to be kept open or handed to a child; None while another has it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def name_holder(fd: int, pid: int) -> None:
+    """Writes into a lock who has it."""
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": pid}).encode(), 0)
+
+
+def holder_of(path: Path) -> int | None:
+    """The process on this host that holds the lock; None when it is free, elsewhere, or too new to have said."""
+    if not path.exists():
+        return None
+    if (fd := take_lock(path)) is not None:
+        os.close(fd)
+        return None
+    with contextlib.suppress(ValueError):
+        said = json.loads(path.read_text())
+        return said["pid"] if said["host"] == socket.gethostname() else None
+    return None
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[bool]:
+    """Holds a lock for the length of the block; yields whether it could be had."""
+    fd = take_lock(path)
+    if fd is None:
+        yield False
+        return
+    try:
+        name_holder(fd, os.getpid())
+        yield True
+    finally:
+        os.close(fd)

@@ -1,0 +1,81 @@
+"""What a study will train and cost, before anything runs. No JAX, no data: closed forms of the configs."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slmjax import ladder, study
+from slmjax.study import Study
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    run_id: str
+    tags: dict[str, Any]
+    parent: str | None
+    N: int  # non-embedding parameters
+    D: int  # tokens the finished model has seen
+    tokens_per_param: float
+    C: int  # FLOPs of those tokens
+    own_flops: int  # what this run adds: a branch starts from its trunk
+    own_tokens: int
+    steps: int
+    first_step: int
+    program_id: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """programs: how many are compiled. branched_flops: what trunks and branches cost, of own_flops.
+
+    separate_flops: what the branches would cost, each trained from its first step.
+    """
+
+    name: str
+    runs: list[PlannedRun]
+    programs: int
+    own_flops: int
+    own_tokens: int
+    branched_flops: int
+    separate_flops: int
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    def seconds(self, flops_per_s: float | None = None, tokens_per_s: float | None = None) -> float | None:
+        """Training time at a measured speed."""
+        if flops_per_s:
+            return self.own_flops / flops_per_s
+        return self.own_tokens / tokens_per_s if tokens_per_s else None
+
+
+def make_plan(source: Study) -> Plan:
+    runs = [_planned(run) for run in source.runs]
+    trunks = {run.parent for run in runs}
+    return Plan(
+        name=source.name,
+        runs=runs,
+        programs=len({run.program_id for run in runs}),
+        own_flops=sum(run.own_flops for run in runs),
+        own_tokens=sum(run.own_tokens for run in runs),
+        branched_flops=sum(run.own_flops for run in runs if run.parent or run.run_id in trunks),
+        separate_flops=sum(run.C for run in runs if run.parent),
+    )
+
+
+def _planned(run: study.Run) -> PlannedRun:
+    cfg = run.config
+    N, D = ladder.count_params(cfg.model, ladder.vocab_size(cfg)).non_embedding, ladder.num_tokens(cfg)
+    return PlannedRun(
+        run_id=run.run_id,
+        tags=dict(run.tags),
+        parent=run.parent,
+        N=N,
+        D=D,
+        tokens_per_param=D / N,
+        C=ladder.train_flops(cfg),
+        own_flops=study.run_flops(run),
+        own_tokens=study.trained_tokens(run),
+        steps=cfg.train.steps,
+        first_step=run.first_step,
+        program_id=run.program_id,
+    )

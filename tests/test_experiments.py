@@ -1,0 +1,102 @@
+"""Every experiment file: its config resolves, its study plans, and its tiny form trains."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+from runs import train_here
+
+import experiments
+from experiments import lr_transfer, minicpm, wsd_ladder, wsd_vs_cosine
+from slmjax import config, ladder, study
+from slmjax.config import ConfigError, RunConfig
+from slmjax.launchers.plan import make_plan
+
+NAMES = [module.name for module in pkgutil.iter_modules(experiments.__path__)]
+STUDIES = [name for name in NAMES if hasattr(importlib.import_module(f"experiments.{name}"), "get_study")]
+
+
+def module(name):
+    return importlib.import_module(f"experiments.{name}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_resolve_and_say_what_they_are(name):
+    mine = module(name)
+    for argument in ((), ("tiny",)):
+        assert isinstance(config.resolve(mine.get_config(*argument)), RunConfig)
+    with pytest.raises(ConfigError, match="tiny"):
+        mine.get_config("tinny")
+    lines = inspect.getsource(mine).splitlines()
+    assert len(lines) <= 80 and f"={name}" in mine.__doc__, "a docstring with the command, in at most 80 lines"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_studies_plan(name):
+    full, tiny = (make_plan(module(name).get_study(*argument)) for argument in ((), ("tiny",)))
+    assert full.name != tiny.name and tiny.own_flops < full.own_flops / 100 and tiny.own_flops < 1e12
+    assert len({run.run_id for run in full.runs}) == len(full.runs)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_tiny_studies_train_three_steps(name, tmp_path):
+    """The first run of a tiny study, cut to three steps: the shapes, the data and the objective fit together."""
+    run = module(name).get_study("tiny").runs[0]
+    short = {"train.steps": 3, "schedule.warmup_steps": 1, "schedule.decay_steps": 1, "train.eval_sequences": 8}
+    short |= {"log.tensorboard": False, "log.eval_every": 0, "mesh.steps_per_dispatch": 1, "mesh.data": 1}
+    cut = study.Run(config.override(run.config, short))
+    config.validate(cut.config)
+    assert train_here(tmp_path, cut, members=1) == {cut.run_id: "done"}
+
+
+def test_the_ladder_spans_widths_and_budgets_with_one_rate():
+    plan = wsd_ladder.get_study().runs
+    branches = [run for run in plan if run.parent]
+    widths = {run.config.model.width for run in branches}
+    assert len(widths) >= 4 and len({run.config.optim.lr for run in plan}) == 1
+    ratios = {}
+    for run in branches:
+        N = ladder.count_params(run.config.model, ladder.vocab_size(run.config)).non_embedding
+        ratios.setdefault(run.config.model.width, []).append(ladder.num_tokens(run.config) / N)
+    for of_width in ratios.values():
+        assert of_width == pytest.approx(wsd_ladder.TOKENS_PER_PARAM, rel=0.02), "the same budgets at every width"
+    assert {run.parent for run in branches} == {run.run_id for run in plan if not run.parent}
+    assert len(study.packs(plan)) == len(widths), "one program for each width"
+
+
+def test_wsd_vs_cosine_compares_equal_budgets_at_less_than_half_the_cost():
+    runs = wsd_vs_cosine.get_study().runs
+    cosine = sorted(run.config.train.steps for run in runs if run.config.schedule.name == "cosine")
+    wsd = sorted(run.config.train.steps for run in runs if run.config.schedule.name == "wsd")
+    assert cosine == wsd and len(cosine) == 4
+    assert all(run.parent is None for run in runs if run.config.schedule.name == "cosine")
+    plan = make_plan(wsd_vs_cosine.get_study())
+    assert plan.branched_flops < 0.5 * plan.separate_flops
+    assert plan.separate_flops == sum(ladder.train_flops(r.config) for r in runs if r.config.schedule.name == "cosine")
+    assert plan.programs == 1
+
+
+@pytest.mark.parametrize("scheme", ["mup", "sp"])
+def test_lr_transfer_differs_between_schemes_in_the_scheme_alone(scheme):
+    runs = lr_transfer.get_study(scheme).runs
+    assert {(r.config.model.width, r.config.optim.lr) for r in runs} == {
+        (width, rate) for width in (64, 128, 256) for rate in lr_transfer.RATES
+    }
+    assert {r.config.model.parametrization.name for r in runs} == {scheme}
+    assert all(a / b == 2 for a, b in zip(lr_transfer.RATES, lr_transfer.RATES[1:], strict=False))
+    assert len(study.packs(runs)) == 3
+
+
+def test_minicpm_is_the_papers():
+    """2404.06395: multipliers at 2.4B (section 3.1), sizes (table 2), half-lives of the decay (section 4.2)."""
+    cfg = config.resolve(minicpm.get_config("2.4b"))
+    scheme = cfg.model.parametrization
+    assert (scheme.embed_multiplier, cfg.optim.lr, scheme.init_std, cfg.model.width / scheme.base_width) == (
+        12, 0.01, 0.1, 9)  # fmt: skip
+    assert scheme.residual_multiplier / cfg.model.num_layers**0.5 == pytest.approx(0.221359, abs=1e-6)
+    assert ladder.count_params(cfg.model, 1).non_embedding == 2_442_057_984
+    for size in ladder.MINICPM:
+        cfg = config.resolve(minicpm.get_config(size))
+        assert cfg.schedule.decay_steps / cfg.schedule.half_life_steps == pytest.approx(5, rel=0.05)
+        assert config.decay_steps(cfg) / cfg.train.steps == pytest.approx(0.1, rel=0.01)
