@@ -163,8 +163,8 @@ NOT_IDENTITY = ("mesh", "log")
 
 # Fields that are inputs of the compiled step or never reach it: runs that differ only here share one Program.
 HYPER = frozenset(
-    "optim.lr optim.weight_decay optim.b1 optim.b2 optim.eps optim.momentum optim.clip_norm optim.ema_decay "
-    "optim.spike_factor optim.max_skips objective.z_loss model.parametrization.init_std "
+    "optim.lr optim.weight_decay optim.decay_rule optim.b1 optim.b2 optim.eps optim.momentum optim.clip_norm "
+    "optim.ema_decay optim.spike_factor optim.max_skips objective.z_loss model.parametrization.init_std "
     "train.steps train.seed train.eval_sequences data.seed data.weights data.decay_weights data.held_out "
     "data.text_key".split()
 )

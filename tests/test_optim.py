@@ -181,6 +181,17 @@ def test_clip_scales_to_the_norm_and_leaves_smaller_gradients_alone(seed):
         assert before == pytest.approx(norm, rel=1e-6)
 
 
+def test_what_reaches_hyper_does_not_change_the_program():
+    base = config.flatten(tiny())
+    others = {"optim.decay_rule": "independent", "optim.name": "muon"}
+    for key in base:
+        if key.startswith(("optim.", "objective.", "train.")) and isinstance(base[key], int | float | str):
+            value = others.get(key) or (base[key] * 0.5 or 0.25 if isinstance(base[key], float) else None)
+            value = value or ("lab.mine" if isinstance(base[key], str) else base[key] * 2 or 1)
+            reached = optim.hyper_at(config.override(tiny(), {key: value}), 0.5) != optim.hyper_at(tiny(), 0.5)
+            assert reached == (key in config.HYPER - {"optim.max_skips", "train.steps", "train.eval_sequences"}), key
+
+
 def test_hyper_is_the_configs_numbers_times_the_schedule():
     changes = {
         "optim.lr": 0.02, "optim.weight_decay": 0.3, "optim.b1": 0.7, "optim.b2": 0.8, "optim.eps": 1e-6,

@@ -33,7 +33,9 @@ BASELINE = "plain JAX"
 
 def builtin(name: str) -> RunConfig:
     """The two shapes of benchmarks/README.md: `a`, where the vocabulary dominates, and `s`, a wind tunnel's cell."""
-    width, layers, seq_len, batch, vocab, chunk = {"a": (64, 4, 256, 16, 4096, 1024), "s": (64, 2, 128, 8, 512, 0)}[name]
+    width, layers, seq_len, batch, vocab, chunk = {"a": (64, 4, 256, 16, 4096, 1024), "s": (64, 2, 128, 8, 512, 0)}[
+        name
+    ]
     changes = {"data.seq_len": seq_len, "data.packing": "concat", "train.batch_size": batch, "model.vocab_size": vocab}
     return config.override(RunConfig(), ladder.shape(width, layers, 16) | changes | {"objective.loss_chunk": chunk})
 

@@ -3,6 +3,7 @@
 plan          runs with N, D and FLOPs, how many programs are compiled, what it costs; nothing runs
 run           trains what is left to train; run it again to go on where it stopped
 status        a table of the runs, from their folders
+compare       final losses of one tag against another, e.g. --rows=width --columns=lr, and what each column cost
 logs RUN_ID   what a run has recorded (the beginning of its id will do)
 cancel        asks what is running here to save and stop
 report        fits a law and writes report.html, fit.json and figures
@@ -19,7 +20,7 @@ from slmjax.cli import options
 from slmjax.config import ConfigError
 from slmjax.scaling import show
 
-ACTIONS = ("plan", "run", "status", "logs", "cancel", "report")
+ACTIONS = ("plan", "run", "status", "compare", "logs", "cancel", "report")
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "killed": "red"}
 
 
@@ -33,6 +34,8 @@ def define(flag_values: FlagValues) -> None:
                             flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_float("tokens_per_s", None, "plan: the same, in tokens", flag_values=flag_values)
     absl_flags.DEFINE_list("budgets", None, "report: FLOPs to forecast for, e.g. 1e18,1e19", flag_values=flag_values)
+    absl_flags.DEFINE_string("rows", None, "compare: tag whose values are rows", flag_values=flag_values)
+    absl_flags.DEFINE_string("columns", None, "compare: tag whose values are columns", flag_values=flag_values)
     absl_flags.DEFINE_boolean("follow", False, "logs: wait for more until the run ends", flag_values=flag_values)
 
 
@@ -149,6 +152,32 @@ def _show_status(folder: Path, as_json: bool) -> None:
     options.print_table(table, left=("run", "tags", "state", "reason"), styles=STYLES)
     states = [row.state for row in rows]
     print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + f" of {len(rows)} runs")
+
+
+def _compare(flags: FlagValues) -> int:
+    from slmjax.launchers.compare import compare
+
+    if not flags.rows or not flags.columns:
+        raise ConfigError("study compare needs two tags: --rows=TAG --columns=TAG")
+    table = compare(_folder(flags), flags.rows, flags.columns)
+    if flags.json:
+        options.print_json(table.to_json())
+        return 0
+    best = table.best()
+    lines = []
+    for row in table.row_values:
+        line, first = {flags.rows: str(row)}, table.losses.get((row, table.column_values[0]))
+        for column in table.column_values:
+            loss = table.losses.get((row, column))
+            relative = f" {loss[0] / first[0] - 1:+.2%}" if loss and first and column != table.column_values[0] else ""
+            cell = f"{loss[0]:.4f}{relative}{' *' if best.get(row) == column else '  '}" if loss else "-"
+            line[f"{flags.columns}={column}"] = cell
+        lines.append(line)
+    costs = {f"{flags.columns}={column}": f"{flops:.3e}  " for column, flops in table.flops.items()}
+    lines.append({flags.rows: "FLOPs", **{key: costs.get(key, "-") for key in list(lines[0])[1:]}})
+    options.print_table(lines)
+    print("held-out loss in nats per token, relative to the first column; * the lowest of its row")
+    return 0
 
 
 def _logs(flags: FlagValues, prefix: str) -> int:

@@ -1,0 +1,73 @@
+"""Final losses of a study, one tag against another: which rate, schedule or size did best, and at what cost."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slmjax import records
+from slmjax.config import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """losses: (row, column) → (held-out loss, its standard error) of the finished runs.
+
+    flops: by column, what its runs cost together: a trunk once, and a branch from where it left the trunk.
+    """
+
+    rows: str
+    columns: str
+    row_values: list[Any]
+    column_values: list[Any]
+    losses: dict[tuple[Any, Any], tuple[float, float]]
+    flops: dict[Any, float]
+
+    def best(self) -> dict[Any, Any]:
+        """By row, the column with the lowest loss."""
+        done = {row: [c for c in self.column_values if (row, c) in self.losses] for row in self.row_values}
+        return {row: min(cs, key=lambda c: self.losses[row, c][0]) for row, cs in done.items() if cs}
+
+    def to_json(self) -> dict:
+        cells = [{self.rows: r, self.columns: c, "loss": v, "loss_se": se} for (r, c), (v, se) in self.losses.items()]
+        best = [{self.rows: row, self.columns: column} for row, column in self.best().items()]
+        return {"losses": cells, "best": best, "flops": [{self.columns: c, "flops": f} for c, f in self.flops.items()]}
+
+
+def compare(folder: Path, rows: str, columns: str) -> Comparison:
+    """The table of two tags of a study.
+
+    Raises:
+      ConfigError: no run has one of the tags, or two finished runs fall into one cell.
+    """
+    study, logged = records.load_study(folder)
+    tags = {run["run_id"]: run["tags"] for run in study["runs"]}
+    known = dict.fromkeys(tag for each in tags.values() for tag in each)
+    for tag in (rows, columns):
+        if tag not in known:
+            raise ConfigError(f"no run of {folder} has a tag {tag!r}; {nearest(tag, known)}")
+    losses, flops = {}, {}
+    for run_id, run in logged.items():
+        if not run.done or columns not in tags[run_id]:
+            continue
+        column = tags[run_id][columns]
+        flops[column] = flops.get(column, 0) + _own_flops(run)
+        if rows not in tags[run_id] or tags[run_id].get("role") == "trunk":
+            continue
+        cell = (tags[run_id][rows], column)
+        if cell in losses:
+            raise ConfigError(
+                f"two runs have {rows}={cell[0]} and {columns}={cell[1]}; choose tags that tell them apart"
+            )
+        losses[cell] = (run.end["loss"], run.end["loss_se"])
+    return Comparison(rows, columns, *(_distinct(cell[i] for cell in losses) for i in (0, 1)), losses, flops)
+
+
+def _distinct(values) -> list:
+    """Numbers ascending, names in the order of the study."""
+    seen = list(dict.fromkeys(values))
+    return sorted(seen) if all(isinstance(value, int | float) for value in seen) else seen
+
+
+def _own_flops(run: records.RunRecords) -> float:
+    steps = run.end["step"] - (run.start["branch_step"] or 0)
+    return steps * run.start["tokens_per_step"] * run.start["flops_per_token"]["with_head"]
