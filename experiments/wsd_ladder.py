@@ -1,8 +1,8 @@
 """A ladder of widths, one WSD trunk each, and a decayed branch at every token budget: the demo's scaling law.
 
     slmjax study run --study=wsd_ladder --out=OUT --jobs=2
-Four widths times four budgets on the text of the Python standard library, one learning rate for all under mup. 20 runs in
-4 programs, 1.9e13 FLOPs; the longest sees the text about once. Losses go from 4.1 to 3.1 nats per token.
+Four widths times four budgets on the text of the Python standard library, one learning rate for all under mup. In all
+20 runs, 4 programs and 1.9e13 FLOPs; the longest sees the text about once. Losses go from 4.1 to 3.1 nats per token.
 """
 
 from ml_collections import ConfigDict

@@ -137,6 +137,9 @@ class _Pack:
     def _next_run(self) -> Run | None:
         """The next run whose trunk, if it is still training here, has reached the branch point."""
         training = {m.run.run_id: m for m in self.members if m}
+        for run in [run for run in self.waiting if self.outcome.get(run.parent) in ("failed", "diverged")]:
+            self.waiting.remove(run)  # it would cost a whole run, and end as its trunk did
+            self._closed(run.run_id, "failed", f"its trunk {run.parent} {self.outcome[run.parent]}")
         for run in self.waiting:
             trunk = training.get(run.parent)
             ready = run.parent not in self.unfinished or (trunk and trunk.saved_step >= run.branch_step)

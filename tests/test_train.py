@@ -273,6 +273,16 @@ def test_divergence_ends_one_member_only(steps_per_dispatch, poison, tmp_path):
     assert diverged.end["loss"] is None and diverged.end["num_skipped"] >= 4
 
 
+def test_branches_of_a_failed_trunk_are_not_trained(poison, tmp_path):
+    changes = {"objective.name": "poisoned.objective", "optim.max_skips": 1}
+    lost, kept = (runs.branches([8, 16], changes | {"train.seed": seed}) for seed in (0, 1))
+    poison({2: NAN}, seed=0)
+    outcome = runs.train_here(tmp_path, *lost, *kept, members=2)
+    expected = {run.run_id: "failed" if run.parent else "diverged" for run in lost}
+    assert outcome == expected | {run.run_id: "done" for run in kept}
+    assert not any((tmp_path / run.run_id).exists() for run in lost if run.parent)
+
+
 def test_members_that_fail_are_labelled_and_the_others_go_on(pack, trained, tmp_path, monkeypatch):
     open_dataset = data.open_dataset
 
