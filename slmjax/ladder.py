@@ -56,26 +56,31 @@ def vocab_size(cfg: RunConfig) -> int:
 
 def count_params(model: ModelConfig, vocab: int) -> Counts:
     """Parameters of the dense transformer: L(D·C(2H + 2K) + (2 or 3)·D·F + 2D) + D, embeddings apart."""
-    D, C, H, K, F = model.width, model.head_dim, model.num_heads, model.num_kv_heads, model.mlp_width
-    attention = D * C * (2 * H + 2 * K) + (2 * C if model.qk_norm else 0)
-    mlp = (3 if model.activation in GATED else 2) * D * F
-    dense = model.num_layers * (attention + mlp + 2 * D) + D
+    D = model.width
+    gains = 2 * D + (2 * model.head_dim if model.qk_norm else 0)
+    dense = model.num_layers * (_block_matmuls(model) + gains) + D
     return Counts(embedding=vocab * D, head=0 if model.tied_embeddings else vocab * D, dense=dense)
 
 
-def flops_per_token(model: ModelConfig, vocab: int, seq_len: int) -> dict[str, int]:
+def _block_matmuls(model: ModelConfig) -> int:
+    D, C, H, K, F = model.width, model.head_dim, model.num_heads, model.num_kv_heads, model.mlp_width
+    return D * C * (2 * H + 2 * K) + (3 if model.activation in GATED else 2) * D * F
+
+
+def flops_per_token(model: ModelConfig, vocab: int, seq_len: int, dense: int = 0) -> dict[str, int]:
     """Training FLOPs per token (forward and backward, 3 x forward), with and without the output head.
 
     Matmul weights count 6 each. Attention scores and values count 12·H·C·S per layer, S the keys a query may see
     without the causal mask (T, or the window): the convention of PaLM and DeepSeek (2401.02954), where a dense model
     with H·C = D has M = 72·L·D² + 12·L·D·T. Rotary embeddings, norms and softmax are left out; recomputation is too.
+    A family with other weights than the dense decoder's says how many with `dense`, all taken to be in products.
     """
-    D, C, H, K, F = model.width, model.head_dim, model.num_heads, model.num_kv_heads, model.mlp_width
-    matmul = D * C * (2 * H + 2 * K) + (3 if model.activation in GATED else 2) * D * F
+    C, H = model.head_dim, model.num_heads
+    added = dense - count_params(model, vocab).dense if dense else 0
     windows = [min(model.window, seq_len) if kind == "window" else seq_len for kind in model.attention_pattern]
     keys = sum(windows) * (model.num_layers // len(windows))
-    body = 6 * model.num_layers * matmul + 12 * H * C * keys
-    return {"with_head": body + 6 * vocab * D, "without_head": body}
+    body = 6 * (model.num_layers * _block_matmuls(model) + added) + 12 * H * C * keys
+    return {"with_head": body + 6 * vocab * model.width, "without_head": body}
 
 
 def num_tokens(cfg: RunConfig) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slmjax import config, data, evaluate, ladder, records, schedules
+from slmjax import config, data, evaluate, ladder, models, records, schedules
 from slmjax.checkpoint import Checkpointer
 from slmjax.lease import LeaseError, RunLease
 from slmjax.program import Metrics, Program
@@ -52,9 +52,9 @@ class Member:
         self.writer = records.RunWriter(self.folder)
         self._open.callback(self.writer.close)
         self.dataset = data.open_dataset(cfg)
-        if self.dataset.vocab_size > self.program.model.specs["embed"]["table"].shape[0]:
+        if self.dataset.vocab_size > ladder.vocab_size(cfg):
             raise config.ConfigError(
-                f"model.vocab_size={self.program.model.specs['embed']['table'].shape[0]} is smaller than the data's "
+                f"model.vocab_size={ladder.vocab_size(cfg)} is smaller than the data's "
                 f"{self.dataset.vocab_size} tokens; use 0 to take the data's"
             )
         before = records.read_json(self.folder / "provenance.json")
@@ -87,8 +87,8 @@ class Member:
         return state
 
     def start(self) -> None:
-        cfg, model = self.run.config, self.program.model
-        vocab = model.specs["embed"]["table"].shape[0]
+        cfg = self.run.config
+        counts = models.count_params(self.program.model.specs)
         self.first_step = self.logged_step = self.step
         self.writer.write(
             "start",
@@ -100,14 +100,14 @@ class Member:
             branch_step=self.run.branch_step,
             total_steps=cfg.train.steps,
             tokens_per_step=self.tokens_per_step,
-            counts=ladder.count_params(cfg.model, vocab).to_dict(),
-            flops_per_token=ladder.flops_per_token(cfg.model, vocab, cfg.data.seq_len),
+            counts=counts.to_dict(),
+            flops_per_token=ladder.flops_per_token(cfg.model, ladder.vocab_size(cfg), cfg.data.seq_len, counts.dense),
             loss_kind=self.program.objective.kind,
             tokenizer=self.dataset.fingerprint["tokenizer"],
             corpus=self.dataset.fingerprint["corpus"],
             bytes_per_token=self.dataset.bytes_per_token,
             entropy=self.dataset.entropy,
-            family="dense",
+            family="dense" if cfg.model.build == "transformer" else cfg.model.build,
             mesh=dict(self.program.mesh.shape),
         )
         self.tensorboard.start(self.step)

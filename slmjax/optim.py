@@ -4,6 +4,7 @@ Every number that a sweep varies is in `Hyper`, an input of the compiled step; t
 traced values when the step is traced, so its state layout is fixed and its numbers are free.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
-from optax.contrib._muon import scale_by_shape
 
 from slmjax.config import OptimConfig, RunConfig, exported
 from slmjax.models import Model, ParamSpec, is_spec
@@ -85,7 +85,7 @@ def _muon(specs, rules, hyper: Hyper) -> optax.GradientTransformation:
     others = jax.tree.map(lambda s, r: optax.MaskedNode() if _is_matrix(s) else r, specs, rules, is_leaf=is_spec)
     muon = optax.chain(
         scale_by_muon(beta=hyper.momentum, weight_dimension_numbers=numbers),
-        scale_by_shape(weight_dimension_numbers=numbers, consistent_rms=0.2),
+        optax.stateless(lambda updates, params: jax.tree.map(_to_adam_size, updates, numbers)),
     )
     return optax.partition({"muon": muon, "adam": _adam(None, others, hyper)}, labels)
 
@@ -95,6 +95,12 @@ _DIRECTIONS = {"adamw": _adam, "muon": _muon}
 
 def _is_matrix(spec: ParamSpec) -> bool:
     return spec.role == "hidden" and spec.in_block
+
+
+def _to_adam_size(update, axes: MuonDimensionNumbers):
+    """An orthogonal matrix of A x B has a root mean square of 1 / sqrt(max(A, B)); scaled to 0.2."""
+    A, B = (math.prod(update.shape[i] for i in group) for group in (axes.reduction_axis, axes.output_axis))
+    return 0.2 * math.sqrt(max(A, B)) * update
 
 
 def _matrix_axes(spec: ParamSpec) -> MuonDimensionNumbers:

@@ -30,7 +30,13 @@ def axis(name: str, values: Iterable | Mapping[str, Mapping]) -> list[Cell]:
     """One cell per value of a config key; or, from a mapping, one per named set of overrides (`name` is the tag)."""
     if isinstance(values, Mapping):
         return [Cell(dict(changes), {name: label}) for label, changes in values.items()]
-    return [Cell({name: value}, {name.split(".")[-1]: value}) for value in values]
+    return [Cell({name: value}, {_tag(name): value}) for value in values]
+
+
+def _tag(key: str) -> str:
+    """The last word of a config key, or all of it where another key ends alike, as data.seed and train.seed do."""
+    word = key.split(".")[-1]
+    return word if sum(other.split(".")[-1] == word for other in config.flatten(RunConfig())) == 1 else key
 
 
 def product(*axes: list[Cell]) -> list[Cell]:

@@ -93,7 +93,7 @@ def test_four_devices_give_the_losses_of_one(mesh, seed):
     one, four = train_one(changes, seed), train_one({**changes, **mesh}, seed, devices=4)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(four.state.params)} == {4}
     np.testing.assert_allclose(four.loss, one.loss, atol=1e-5, rtol=0)
-    assert one.loss[0, 0] - one.loss.min() > 0 and np.ptp(one.loss) > 0.01
+    assert np.ptp(one.loss) > 0.01  # they moved
 
 
 def uneven_weights(tokens_BT1, segments_BT1, key) -> View:

@@ -4,6 +4,7 @@ A model family is a module with `build(cfg: ModelConfig) -> Model`; `model.build
 Only modules under `slmjax.models` import Linen; the trainer sees nested dicts of arrays, layers stacked on axis 0.
 """
 
+import math
 import zlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.config import ModelConfig, exported
+from slmjax.ladder import Counts
 from slmjax.parametrization import Parametrization, Rule
 
 
@@ -62,6 +64,14 @@ def build(cfg: ModelConfig) -> Model:
 
 def is_spec(x) -> bool:
     return isinstance(x, ParamSpec)
+
+
+def count_params(specs: dict) -> Counts:
+    """Parameters by group, of any family; of the dense decoder equal to the closed form, `ladder.count_params`."""
+    groups = {"embed": 0, "readout": 0, "other": 0}
+    for spec in jax.tree.leaves(specs, is_leaf=is_spec):
+        groups[spec.role if spec.role in groups else "other"] += math.prod(spec.shape)
+    return Counts(embedding=groups["embed"], head=groups["readout"], dense=groups["other"])
 
 
 def init_from_specs(specs: dict, cfg: ModelConfig) -> Callable:

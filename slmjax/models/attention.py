@@ -48,7 +48,8 @@ def _blocked(q_BTHC, k_BTKC, v_BTKC, segments_BT, *, causal: bool, window: int, 
         stop = start + size
         first = max(0, start - window + 1) if window else 0
         last = stop if causal else min(T, stop + window - 1) if window else T
-        scores = jnp.einsum("bkgtc,bksc->bkgts", q_BKGTC[..., start:stop, :], k_BKTC[:, :, first:last])
+        q, k, v = q_BKGTC[..., start:stop, :], k_BKTC[:, :, first:last], v_BKTC[:, :, first:last]
+        scores = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=jnp.float32)
         away_TS = jnp.arange(start, stop)[:, None] - jnp.arange(first, last)[None]
         seen = jnp.ones((1, size, last - first), bool)
         if causal:
@@ -57,7 +58,7 @@ def _blocked(q_BTHC, k_BTKC, v_BTKC, segments_BT, *, causal: bool, window: int, 
             seen &= (jnp.abs(away_TS) < window)[None]
         if segments_BT is not None:
             seen = seen & (segments_BT[:, start:stop, None] == segments_BT[:, None, first:last])
-        scores = jnp.where(seen[:, None, None], scores.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
         probabilities = jax.nn.softmax(scores, axis=-1).astype(v_BKTC.dtype)
-        outputs.append(jnp.einsum("bkgts,bksc->bkgtc", probabilities, v_BKTC[:, :, first:last]))
+        outputs.append(jnp.einsum("bkgts,bksc->bkgtc", probabilities, v))
     return jnp.concatenate(outputs, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, C)
