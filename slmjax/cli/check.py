@@ -21,7 +21,7 @@ def define(flag_values: FlagValues) -> None:
     options.define_json(flag_values)
     absl_flags.DEFINE_list("widths", ["64", "128", "256", "512"], "to compare; empty: none", flag_values=flag_values)
     absl_flags.DEFINE_list("depths", [], "to compare; empty: none", flag_values=flag_values)
-    absl_flags.DEFINE_integer("steps", 8, "updates at each size", flag_values=flag_values)
+    absl_flags.DEFINE_integer("steps", 5, "updates at each size", flag_values=flag_values)
     absl_flags.DEFINE_integer("seeds", 3, "to average over", flag_values=flag_values)
     absl_flags.DEFINE_float("tolerance", 0.1, "largest slope of log activation against log size",
                             flag_values=flag_values)  # fmt: skip
