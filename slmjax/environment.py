@@ -1,4 +1,4 @@
-"""Process settings that must be in place before JAX starts: compile cache, host devices, huge pages, XLA's CPU flags.
+"""Process settings that must be in place before JAX starts: compile cache, host devices, huge pages.
 
 Everything here is an environment variable, so `variables` serves this process (`prepare`) and the processes a launcher
 starts. What the user has set is never overridden, and SLMJAX_TUNE=0 leaves all but the number of devices alone. JAX is
@@ -12,30 +12,16 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
 
 from slmjax.data import cache
 
-TUNE = "SLMJAX_TUNE"  # 0: no compile cache, no huge pages and no XLA flags from here
+TUNE = "SLMJAX_TUNE"  # 0: no compile cache and no huge pages from here
 STARTED_AGAIN = "SLMJAX_STARTED_AGAIN"  # the process that huge pages were set for
-
-
-class XlaFlag(NamedTuple):
-    """One flag for XLA, for the jaxlib versions that know it: an unknown flag aborts the process."""
-
-    text: str
-    first: tuple[int, ...]  # lowest jaxlib version that takes it
-    before: tuple[int, ...]  # first version that is not known to
-
-
-# A row per flag that pays for a study of short runs, with what it bought. None does so far: oneDNN's dot fusion
-# (--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_fusion_type=dot, jaxlib 0.12) makes 5 to 28% more tokens/s at
-# width 64, and its programs do not come back from the compile cache, which costs 6 s per start.
-XLA_FLAGS: tuple[XlaFlag, ...] = ()
 
 # XLA's CPU client takes buffers from malloc and gives them back at every step. By default glibc returns large ones to
 # the kernel, which then clears their pages anew, 4 kB at a time; with these they stay, in pages of 2 MB. Measured in
-# benchmarks/README.md. The C library reads them once, when a process starts.
+# benchmarks/README.md. The C library reads them once, when a process starts. No XLA flags beside them: oneDNN's matrix
+# products are a little faster with jaxlib 0.10, many times slower with 0.12, and not kept by the compile cache.
 MALLOC = {
     "glibc.malloc.hugetlb": 1,  # ask for transparent huge pages
     "glibc.malloc.mmap_threshold": 32 << 30,  # larger buffers than these are mapped one by one
@@ -68,17 +54,7 @@ def variables(num_devices: int, environ: Mapping[str, str] = os.environ) -> dict
         added["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         added["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     added = {name: value for name, value in added.items() if name not in environ}
-    added |= huge_pages(environ)
-    if environ.get(TUNE) != "0" and (flags := _xla_flags(environ.get("XLA_FLAGS", ""))):
-        added["XLA_FLAGS"] = flags
-    return added
-
-
-def _xla_flags(given: str) -> str:
-    """The user's flags and those of `XLA_FLAGS` that this jaxlib takes and the user has not set."""
-    version = tuple(int(part) for part in metadata.version("jaxlib").split(".")[:2])
-    wanted = [f.text for f in XLA_FLAGS if f.first <= version < f.before and f.text.split("=")[0] not in given]
-    return " ".join([given, *wanted]).strip() if wanted else ""
+    return added | huge_pages(environ)
 
 
 def huge_pages(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
