@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,13 +105,15 @@ def plain_shape(cfg: RunConfig) -> plain_jax.Shape:
 class Worker:
     """Another process that trains when asked to: `plain_jax.serve` and its like."""
 
-    def __init__(self, command: list, shape: plain_jax.Shape, env: dict | None = None):
-        spec = json.dumps({"shape": shape._asdict()})
+    def __init__(self, command: list, shape: plain_jax.Shape, env: dict | None = None, **options):
+        spec = json.dumps({"shape": shape._asdict(), **options})
         self.process = subprocess.Popen(
             [*map(str, command), "serve", spec], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
         )
         self.tokens_per_step = shape.tokens_per_step
         self.first_step_s = self._answer()["first_step_s"]
+        for _ in range(2):  # the first answer of a process only tells it its own speed
+            self.rate(0.2)
 
     def rate(self, seconds: float) -> float:
         """Tokens per second over about `seconds` of training."""
@@ -142,7 +144,7 @@ def plain_environment() -> dict[str, str]:
 
 def timed(run: Callable[[int], object], tokens: int) -> Callable[[float], float]:
     """`rate(seconds)` → tokens per second of a `run(count)` that handles `tokens` per count."""
-    run(1)
+    run(1)  # compiles
     began = time.perf_counter()
     run(2)
     per_s = 2 / (time.perf_counter() - began)
@@ -180,7 +182,7 @@ def compile_seconds(step, *args) -> tuple[float, float, float]:
     names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
     names += ("jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
-    seconds = []
+    seconds, plans = [], []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for name, value in zip(names, (folder, True, 0, -1), strict=True):
@@ -191,11 +193,12 @@ def compile_seconds(step, *args) -> tuple[float, float, float]:
                 began = time.perf_counter()
                 compiled = step.lower(*args).compile()
                 seconds.append(time.perf_counter() - began)
-                plan = compiled.memory_analysis() if len(seconds) == 1 else plan
+                plans.append(compiled.memory_analysis())
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
+    plan = plans[0]
     used = plan.temp_size_in_bytes + plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
     return *seconds, used / 1e6
 
@@ -241,9 +244,7 @@ def _gflop_per_s(product: Callable, multiplications: int) -> float:
     best = float("inf")
     for _ in range(5):
         began = time.perf_counter()
-        for _ in range(count):
-            last = product()
-        jax.block_until_ready(last)
+        jax.block_until_ready([product() for _ in range(count)])  # all: they may end in any order
         best = min(best, (time.perf_counter() - began) / count)
     return 2e-9 * multiplications / best
 
@@ -306,13 +307,3 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
         by,
         [row(what, speeds) for what, speeds in measured.items()],
     )
-
-
-def peak_rss_mb(pids: Iterable[int] = ("self",)) -> float:
-    """Largest resident memory so far of these processes together, from /proc; 0 where there is none."""
-    total = 0.0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            total += next(float(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
-    return total

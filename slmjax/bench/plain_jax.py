@@ -1,8 +1,8 @@
 """The baseline of every ratio: a small language model as one would write it in JAX without a framework.
 
-Jitted step, layers unrolled, `jax.nn.dot_product_attention`, all logits at once, `optax.adamw` behind a global-norm clip,
-one step a call, one process a run. It imports nothing from slmjax, and runs as a script in a process of its own, with
-JAX's settings as they come:
+Jitted step, layers unrolled, `jax.nn.dot_product_attention`, all logits at once, `optax.adamw` behind a global-norm
+clip, one step a call, one process a run. It imports nothing from slmjax, and runs as a script in a process of its own,
+with JAX's settings as they come:
 
     python plain_jax.py serve JSON          reads seconds from standard input, a line each; answers what it trained
     python plain_jax.py train JSON          one whole run: {"steps", "lr", "seed", "tokens": a .npy file, "out"}
@@ -100,7 +100,7 @@ def make_step(shape: Shape, lr: float = 1e-3, seed: int = 0):
 
 
 def make_trainer(shape: Shape):
-    """`train(num_steps) → loss` on random tokens; the first step has been made."""
+    """`train(num_steps) → loss` on random tokens."""
     step, params, opt_state = make_step(shape)
     rng = np.random.default_rng(0)
     batches = rng.integers(0, shape.vocab_size, (8, shape.batch_size, shape.seq_len + 1), np.int32)
@@ -111,22 +111,22 @@ def make_trainer(shape: Shape):
             params, opt_state, loss = step(params, opt_state, batches[i % len(batches)])
         return float(loss)
 
-    train(1)
     return train
 
 
-def serve(make, shape: Shape) -> None:
-    """Answers requests for seconds of training, so that another process can measure this one in turn with others."""
+def serve(make, shape: Shape, multiple: int = 1) -> None:
+    """Answers requests for seconds of training, so that another process can measure this one in turn with others.
+
+    make: shape → train(num_steps) → loss, which is only asked for multiples of `multiple`.
+    """
     began = time.perf_counter()
     train = make(shape)
+    train(multiple)
     first_step_s = time.perf_counter() - began
-    train(2)
-    began = time.perf_counter()
-    train(4)
-    steps_per_s = 4 / (time.perf_counter() - began)
     print(json.dumps({"first_step_s": first_step_s}), flush=True)
+    steps_per_s = 0.0
     for line in sys.stdin:
-        num_steps = max(1, round(float(line) * steps_per_s))
+        num_steps = multiple * max(1, round(float(line) * steps_per_s / multiple))
         began = time.perf_counter()
         loss = train(num_steps)
         seconds = time.perf_counter() - began
