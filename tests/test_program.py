@@ -122,7 +122,7 @@ def test_micro_batches_are_one_batch(weights, seed):
     for k in (2, 4):
         split, split_metrics = one_update({"optim.micro_batches": k}, objective, tokens, segments)
         assert_same(split_metrics, metrics, rtol=1e-5)
-        assert_same(split.params, state.params, rtol=1e-4, atol=1e-6)
+        assert_same(split.params, state.params, rtol=1e-4, atol=0.01 * tiny().optim.lr)
 
 
 def test_the_loss_is_the_held_out_loss_of_the_same_batch_before_the_update(seed):
@@ -155,10 +155,11 @@ def test_members_of_a_population_are_solo_runs(how, seed):
     together = train(population(3, how), cfgs, batches)
     for i, cfg in enumerate(cfgs):
         alone, n = train(solo(), [cfg], [batches[i]]), cfg.train.steps
-        np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-6)
+        np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-5)
         assert (together.loss[i, n:] == 0).all() and (together.grad_norm[i, n:] == 0).all()
         assert int(together.state.step[i]) == int(alone.state.step[0]) == n
-        assert_same(member(together.state, i), member(alone.state), rtol=2e-4, atol=2e-6)
+        # Where a gradient is about zero, Adam makes rounding a share of a whole update: allow it a hundredth of one.
+        assert_same(member(together.state, i), member(alone.state), rtol=2e-4, atol=0.01 * cfg.optim.lr)
     devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(together.state)}
     assert devices == {3 if how == "spread" else 1}
 
