@@ -2,7 +2,7 @@
 
     slmjax train --config=minicpm:9m --config.data.sources="('corpus/*.jsonl',)" --out=OUT
 Sizes 9m 30m 70m 0.1b 0.17b 0.2b 0.5b 1.2b 2.4b, 20 tokens per parameter; an accelerator is wanted from 30m on. `:tiny`
-keeps the recipe at width 64 on the embedded corpus: under a minute, about 5.2 nats per token after 100 steps.
+keeps the recipe at width 64 on the embedded corpus: 100 steps, under a minute.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-CPU_BLOCK = 64  # queries; measured on 2 cores at T 128 and 256, where 32 to 128 are within noise of each other
+CPU_BLOCK = 64  # queries; measured on 2 cores at T 256, where 32, 64 and 128 are within noise of each other
 
 
 def attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, *, causal: bool, window: int, scale: float):
@@ -35,8 +35,8 @@ def _implementation(q_BTHC) -> str | None:
 def _blocked(q_BTHC, k_BTKC, v_BTKC, segments_BT, *, causal: bool, window: int, scale: float):
     """The same for CPU: blocks of queries, each against the keys it can see; half the work when causal.
 
-    Heads come before positions, so that every product is a batch of plain matrix products: with the blocks, 1.3 to 1.8
-    times `dot_product_attention`'s training step at T 256 (`slmjax bench`).
+    Heads come before positions, so that every product is a batch of plain matrix products: at T 256 a
+    training step is about 1.25 times as fast as with `dot_product_attention`, most of it from this order.
     """
     B, T, H, C = q_BTHC.shape
     K = k_BTKC.shape[2]
