@@ -1,7 +1,8 @@
-"""slmjax fit SOURCE ... [--columns=N=col,D=col,loss=col] [--json=FILE] [--report=FILE.html]
+"""slmjax fit SOURCE ... [--columns=N=col,D=col,loss=col] [--json=FILE] [--report=FILE.html]  |  slmjax fit --verify=DIR
 
 Fits a scaling law. A SOURCE is a study folder, a .csv or a .jsonl file; runs left out are listed with the reason.
 --json keeps the fit for slmjax forecast; --report writes a study folder's report, with fit.json and figures beside it.
+--verify computes published fits again from the public tables in DIR and says which numbers hold; exit 1 when one fails.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ from absl.flags import FlagValues
 
 from slmjax.config import ConfigError
 from slmjax.scaling import fit as fitting
-from slmjax.scaling import points, report
+from slmjax.scaling import points, report, verify
 
 
 def define(flag_values: FlagValues) -> None:
@@ -24,6 +25,7 @@ def define(flag_values: FlagValues) -> None:
     string("family", None, "fit the runs of this model family alone")
     string("json", None, "file for the fit; - for standard output")
     string("report", None, "file for the report; one study folder as the only source")
+    string("verify", None, "folder of public tables: compute the published fits again")
     absl_flags.DEFINE_list("columns", None, "of tables: N=header,D=header,loss=header[,C=...,se=...,family=...]",
                            flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_float("delta", 1e-3, "residual in log loss beyond which a point pulls with constant force",
@@ -33,6 +35,8 @@ def define(flag_values: FlagValues) -> None:
 
 
 def run(flags: FlagValues, args: list[str]) -> int:
+    if flags.verify is not None:
+        return _verify(Path(flags.verify), args)
     if not args:
         raise ConfigError("fit needs a SOURCE: a study folder, a .csv or a .jsonl file")
     if flags.report:
@@ -51,6 +55,14 @@ def run(flags: FlagValues, args: list[str]) -> int:
         Path(flags.json).write_text(fitted.to_json())
         print(f"fit: {flags.json}")
     return 0
+
+
+def _verify(folder: Path, args: list[str]) -> int:
+    if args or not folder.is_dir():
+        raise ConfigError(f"--verify={folder} must be the folder of the public tables, and takes no SOURCE")
+    checks = list(verify.run(folder))
+    print(verify.table(checks), end="")
+    return 0 if all(check.holds for check in checks) else 1
 
 
 def _columns(entries: list[str] | None) -> dict[str, str] | None:

@@ -235,7 +235,7 @@ def fit(
         theta=theta_P,
         centre=centre_F,
         draws=draws_KP,
-        points=[{name: getattr(p, name) for name in POINT_FIELDS} for p in point_set.points],
+        points=[{name: getattr(p, name) for name in POINT_FIELDS} | dict(p.inputs) for p in point_set.points],
         conventions=point_set.conventions(),
         objective=float(least * n * delta**2),
         delta=delta,
@@ -277,10 +277,10 @@ def _validated(point_set, form):
     point_set.require_comparable()
     for p in points:
         for name in (*form.inputs, "loss"):
-            value = getattr(p, name)
+            value = p.value(name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"run {p.run_id}: {name}={value} is not a positive finite number")
-    x_Fn = np.array([[getattr(p, name) for p in points] for name in form.inputs], float)
+    x_Fn = np.array([[p.value(name) for p in points] for name in form.inputs], float)
     for name, x_n in zip(form.inputs, x_Fn, strict=True):
         num_levels = int(_levels(np.log(x_n)).max()) + 1
         if num_levels < MIN_LEVELS:

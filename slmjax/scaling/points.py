@@ -40,6 +40,11 @@ class Point(NamedTuple):
     corpus: str | None = None
     epochs: float | None = None
     source: str = ""
+    inputs: Mapping[str, float] = {}  # what a law of more than N, D and C reads: E experts, V vocabulary, ...
+
+    def value(self, name: str) -> float:
+        """An input of a law, or the loss, by name."""
+        return self.inputs[name] if name in self.inputs else getattr(self, name)
 
 
 class Excluded(NamedTuple):
