@@ -39,6 +39,16 @@ def seed(request):
 
 
 @pytest.fixture
+def scaling_data():
+    """The folder of public scaling-law tables; a test that reads them is skipped where they are not."""
+    beside = pathlib.Path(__file__).parents[2] / "shared" / "scaling_data"
+    folder = pathlib.Path(os.environ.get("SLMJAX_SCALING_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no public tables in {folder}; SLMJAX_SCALING_DATA names their folder")
+    return folder
+
+
+@pytest.fixture
 def golden(request):
     """golden(name, text) compares `text` with tests/goldens/name, or writes it there under --update-goldens."""
 
