@@ -88,7 +88,7 @@ def _at_size(cfg: RunConfig, steps: int, num_seeds: int, per_layer: bool) -> dic
     def look(state, tokens_BT):
         params = jax.tree.map(lambda a: a[0], state.params)
         x_BTD, extras = prog.model.hidden(params, tokens_BT, None, attention)
-        logits = prog.model.unembed(params, x_BTD)
+        logits = prog.model.unembed(prog.model.readout(params), x_BTD)
         return {**extras["activations"], "final": jnp.mean(jnp.abs(x_BTD))}, logits
 
     hyper = jax.tree.map(lambda a: a[None, None], optim.hyper_at(cfg, 1.0))

@@ -67,7 +67,7 @@ class ModelConfig:
 class ObjectiveConfig:
     name: str = "next_token"  # a module of slmjax.objectives, or any dotted path, exporting build(cfg) -> Objective
     z_loss: float = 0.0  # weight of the squared log-partition, 1e-4 in Wortsman et al. (2309.14322)
-    loss_chunk: int = 0  # tokens whose logits are in memory at once; 0: all of them
+    loss_chunk: int = 0  # about how many tokens' logits are in memory at once; 0: all of them
     options: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -103,7 +103,7 @@ def trio(request):
         view = objective.view(tokens_BT1, segments_BT1, jax.random.key(0))
         x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
         value, _ = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, 1e-3)
-        return value, model.unembed(params, x_BTD)
+        return value, model.unembed(model.readout(params), x_BTD)
 
     return model, objective, jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -182,8 +182,8 @@ FORK = {
                 return x_BTD + jnp.tanh(jnp.concatenate(shifted, -1) @ params["mix"]["kernel"]), {}
 
             return Model(
-                init_from_specs(specs, cfg), hidden, lambda params, x: (x @ params["head"]).astype(jnp.float32),
-                lambda params: {"head": params["head"]}, specs,
+                init_from_specs(specs, cfg), hidden, lambda params: params["head"],
+                lambda head_DV, x: (x @ head_DV).astype(jnp.float32), specs,
                 lambda spec: parametrization.rule(spec.role, spec.fan_in, spec.in_block),
             )
     """,

@@ -145,7 +145,7 @@ def loss_and_gradient(**switch):
     def loss(params, tokens_BT1, segments_BT1):
         view = objective.view(tokens_BT1, segments_BT1, None)
         x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT)
-        return objectives.weighted_loss(model.unembed, params, x_BTD, view, 0.0)[0]
+        return objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, 0.0)[0]
 
     return jax.jit(jax.value_and_grad(loss))
 
@@ -225,6 +225,24 @@ def test_attention_is_softmax_over_what_may_be_seen(causal, window, T, packed, b
         for h in range(H):
             expected = numpy_attention(q[b, :, h], k[b, :, h // 2], v[b, :, h // 2], allowed_TS & same, 0.3)
             np.testing.assert_allclose(ours[b, :, h], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_written_gradient_of_blocked_attention_is_the_derived_one(causal, window, packed, seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    B, T, H, K, C = 2, 128, 4, 2, 8
+    q, k, v, dy = (rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, K, K, H))
+    segments_BT = random_segments(seed, B, T) if packed else None
+    found = {}
+    for backend in ("cpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        attention = functools.partial(attend, segments_BT=segments_BT, causal=causal, window=window, scale=0.3)
+        found[backend] = jax.jit(lambda *qkv, f=attention: jax.vjp(f, *qkv)[1](dy))(q, k, v)
+    for ours, derived in zip(found["cpu"], found["tpu"], strict=True):
+        assert np.abs(derived).max() > 0.1
+        np.testing.assert_allclose(ours, derived, atol=2e-5)
 
 
 def test_rotary_embedding_turns_pairs_by_the_position(seed):

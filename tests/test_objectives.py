@@ -2,11 +2,13 @@
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import assert_same, random_segments, random_tokens
 
 from slmjax import config, objectives
@@ -81,9 +83,25 @@ def test_the_chunked_gradient_scales_with_what_is_asked_of_it(seed):
     assert_same(squared(16, params), squared(0, params), rtol=1e-4, atol=1e-6)
 
 
-def test_the_chunk_is_the_largest_divisor_that_fits():
-    for chunk, expected in ((0, 48), (1, 1), (7, 6), (16, 16), (47, 24), (48, 48), (99, 48)):
-        assert objectives._chunk_size(48, chunk) == expected
+def test_a_chunk_is_the_most_positions_of_every_sequence_that_fit():
+    for chunk, expected in ((0, 12), (1, 1), (7, 1), (8, 2), (16, 4), (47, 6), (48, 12), (99, 12)):
+        assert objectives._positions(4, 12, chunk) == expected
+
+
+def test_a_split_batch_stays_split_in_its_chunks():
+    """The only thing devices tell each other is sums: no device sees another's activations."""
+    params, x_BTD, view = problem(0, B=8, T=16)
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    placed = View(rows, rows, rows, None, whole)
+
+    def gradient(params, x_BTD, view):
+        return jax.grad(lambda p, x: objectives.weighted_loss(unembed, p, x, view, 1e-4, 32)[0], (0, 1))(params, x_BTD)
+
+    split = jax.jit(gradient, in_shardings=(whole, rows, placed), out_shardings=(whole, rows))
+    text = split.lower(params, x_BTD, view).compile().as_text()
+    assert "all-reduce" in text
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
 
 
 def largest_logits(jaxpr) -> int:

@@ -89,11 +89,13 @@ MESHES = [
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "-".join(f"{k.split('.')[1]}{v}" for k, v in m.items()))
 def test_four_devices_give_the_losses_of_one(mesh, seed):
-    changes = {"optim.lr": 0.02}
-    one, four = train_one(changes, seed), train_one({**changes, **mesh}, seed, devices=4)
+    changes = {"optim.lr": 0.02, "train.steps": 8}
+    # One batch, eight times: it is learned, so the updates must be the same too.
+    batches = [jax.tree.map(lambda a: np.repeat(a, 8, 0), random_batches(seed, tiny(), 1))]
+    one, four = (train(solo(c, devices), [tiny(c)], batches) for c, devices in ((changes, 1), ({**changes, **mesh}, 4)))
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(four.state.params)} == {4}
     np.testing.assert_allclose(four.loss, one.loss, atol=1e-5, rtol=0)
-    assert np.ptp(one.loss) > 0.01  # they moved
+    assert one.loss[0, -1] < one.loss[0, 0] - 0.1
 
 
 def uneven_weights(tokens_BT1, segments_BT1, key) -> View:
@@ -155,7 +157,7 @@ def test_members_of_a_population_are_solo_runs(how, seed):
     together = train(population(3, how), cfgs, batches)
     for i, cfg in enumerate(cfgs):
         alone, n = train(solo(), [cfg], [batches[i]]), cfg.train.steps
-        np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-5)
+        np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-6)
         assert (together.loss[i, n:] == 0).all() and (together.grad_norm[i, n:] == 0).all()
         assert int(together.state.step[i]) == int(alone.state.step[0]) == n
         # Where a gradient is about zero, Adam makes rounding a share of a whole update: allow it a hundredth of one.

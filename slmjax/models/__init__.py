@@ -36,23 +36,23 @@ class Model(NamedTuple):
     init: (key, init_std=None) → params. Each tensor's draw depends on the key and its own path alone.
     hidden: (params, tokens_BT, segments_BT or None, attention "causal" | "full") → (x_BTD, extras).
       extras["activations"] holds mean absolute activations by name, scalars or one per layer, for the coordinate check.
-    unembed: (params, x_...D) → float32 logits_...V. Apart from `hidden`, so that a loss may take it in chunks.
-    readout: params → the part of them that `unembed` reads.
+    readout: params → what `unembed` reads of them, laid out for its product.
+    unembed: (readout, x_...D) → float32 logits_...V. Apart from `hidden`, so that a loss may take it in chunks.
     specs: nested dict of ParamSpec.
     rules: ParamSpec → Rule.
     """
 
     init: Callable
     hidden: Callable
-    unembed: Callable
     readout: Callable
+    unembed: Callable
     specs: dict
     rules: Callable[[ParamSpec], Rule]
 
     def apply(self, params, tokens_BT, segments_BT=None, attention: str = "causal"):
         """float32 logits_BTV and extras."""
         x_BTD, extras = self.hidden(params, tokens_BT, segments_BT, attention)
-        return self.unembed(params, x_BTD), extras
+        return self.unembed(self.readout(params), x_BTD), extras
 
 
 def build(cfg: ModelConfig) -> Model:

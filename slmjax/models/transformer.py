@@ -22,8 +22,8 @@ def build(cfg: ModelConfig) -> Model:
     return Model(
         init=init_from_specs(specs, cfg),
         hidden=functools.partial(_hidden, cfg),
+        readout=functools.partial(_readout, cfg),
         unembed=functools.partial(_unembed, cfg),
-        readout=lambda params: {k: v for k, v in params.items() if k == ("embed" if cfg.tied_embeddings else "head")},
         specs=specs,
         rules=lambda spec: parametrization.rule(spec.role, spec.fan_in, spec.in_block),
     )
@@ -101,11 +101,14 @@ def _scanned(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
     return x_BTD, jax.tree.map(lambda a: a.reshape(L), activations)
 
 
-def _unembed(cfg: ModelConfig, params, x):
+def _readout(cfg: ModelConfig, params):
+    """The output matrix DV. Tied, it is the table turned once: its gradient in chunks then adds up as DV too, which
+    XLA's CPU backend multiplies 3 times faster than VD."""
+    return params["embed"]["table"].T if cfg.tied_embeddings else params["head"]["kernel"]
+
+
+def _unembed(cfg: ModelConfig, readout_DV, x):
     """float32 logits of the last axis of x."""
-    if cfg.tied_embeddings:
-        logits = jnp.einsum("...d,vd->...v", x, params["embed"]["table"].astype(cfg.dtype))
-    else:
-        logits = jnp.einsum("...d,dv->...v", x, params["head"]["kernel"].astype(cfg.dtype))
+    logits = jnp.einsum("...d,dv->...v", x, readout_DV.astype(cfg.dtype))
     logits = logits.astype(jnp.float32) * Parametrization(cfg).logits_multiplier
     return cfg.logit_softcap * jnp.tanh(logits / cfg.logit_softcap) if cfg.logit_softcap else logits

@@ -48,38 +48,46 @@ def cross_entropy(logits_NV, targets_N):
 
 
 def token_losses(unembed, params, x_BTD, targets_BT, chunk: int = 0):
-    """nll_BT in nats; at most `chunk` tokens' logits (rounded to a divisor of B·T) are in memory at once."""
-    x_ND, targets_N = x_BTD.reshape(-1, x_BTD.shape[-1]), targets_BT.reshape(-1)
-    size = _chunk_size(targets_N.size, chunk)
-    nll_KN = jax.lax.map(
-        lambda xt: cross_entropy(unembed(params, xt[0]), xt[1])[0],
-        (x_ND.reshape(-1, size, x_ND.shape[-1]), targets_N.reshape(-1, size)),
-    )
-    return nll_KN.reshape(targets_BT.shape)
+    """nll_BT in nats; the logits of about `chunk` tokens are in memory at once, as `weighted_loss` takes them."""
+
+    def losses(chunk):
+        x_ND, targets_N = chunk
+        return cross_entropy(unembed(params, x_ND), targets_N)[0]
+
+    nll_KN = jax.lax.map(losses, _in_chunks((x_BTD, targets_BT), chunk))
+    B, T = targets_BT.shape
+    return jnp.moveaxis(nll_KN.reshape(-1, B, T // nll_KN.shape[0]), 0, 1).reshape(B, T)
 
 
 def weighted_loss(unembed, params, x_BTD, view: View, z_loss, chunk: int = 0):
     """(loss, nll): loss = sum of weight x (nll + z_loss x log_partition²) / count, and its nll part alone.
 
-    `params` are those that `unembed` reads. With `chunk`, a scan takes the tokens a chunk at a time and makes each
-    chunk's gradient while its logits are at hand: the whole batch's are never in memory, and none are computed twice.
+    `params` are what `unembed` reads. With `chunk`, a scan takes that many tokens at a time, or one position of every
+    sequence if those are more, and makes each chunk's gradient while its logits are at hand: the whole batch's are
+    never in memory, and none are computed twice.
     """
-    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    rows = (x_ND, view.targets_BT.reshape(-1), view.weights_BT.reshape(-1))
-    size = _chunk_size(rows[1].size, chunk)
-    if size == rows[1].size:
-        total, nll = _sums(unembed, params, *rows, z_loss)
+    rows = _in_chunks((x_BTD, view.targets_BT, view.weights_BT), chunk)
+    if len(rows[0]) == 1:
+        total, nll = _sums(unembed, params, *(a[0] for a in rows), z_loss)
     else:
-        rows = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), rows)
         total, nll = _chunked_sums(unembed, params, *rows, z_loss)
     return total / view.count, jax.lax.stop_gradient(nll) / view.count
 
 
-def _chunk_size(num_tokens: int, chunk: int) -> int:
-    """The largest divisor of num_tokens not above `chunk`; all of them when chunk is 0."""
-    if not chunk or chunk >= num_tokens:
-        return num_tokens
-    return next(size for size in range(chunk, 0, -1) if num_tokens % size == 0)
+def _in_chunks(arrays_BT, chunk: int):
+    """[B, T, ...] as [K, N, ...]: every chunk has the same positions of all sequences, so that a batch that is split
+    over devices stays split."""
+    B, T = arrays_BT[0].shape[:2]
+    t = _positions(B, T, chunk)
+    return tuple(
+        jnp.moveaxis(a.reshape(B, T // t, t, *a.shape[2:]), 1, 0).reshape(T // t, B * t, *a.shape[2:])
+        for a in arrays_BT
+    )
+
+
+def _positions(B: int, T: int, chunk: int) -> int:
+    """How many positions of B sequences make a chunk: the most that divide T and give at most `chunk` tokens, or 1."""
+    return next((t for t in range(T, 0, -1) if T % t == 0 and B * t <= chunk), 1) if chunk else T
 
 
 def _sums(unembed, params, x_ND, targets_N, weights_N, z_loss):
