@@ -219,7 +219,8 @@ class Member:
         final = self.eval if self.eval and self.eval["step"] == self.step else {}
         self._end(state, reason, final, self.dataset.epochs_at(self.step))
         if state == "done":  # last of all: nothing more is written to a folder that says DONE
-            self.tensorboard.hparams(self.run.config, final)
+            counts = models.count_params(self.program.model.specs).to_dict()
+            self.tensorboard.hparams(self.run.config, counts, final)
             self.writer.done()
         self.close()
 

@@ -32,14 +32,15 @@ class TensorBoard:
         tags = [Summary.Value(tag=f"{prefix}/{k}", simple_value=v) for k, v in values.items() if v is not None]
         self._add(step, summary=Summary(value=tags))
 
-    def hparams(self, cfg: RunConfig, result: dict) -> None:
-        """The config's numbers and names beside the final held-out loss, for the HParams tab."""
+    def hparams(self, cfg: RunConfig, counts: dict[str, int], result: dict) -> None:
+        """The config's numbers and names and the model's parameter counts beside the final held-out loss, for the
+        HParams tab, and for a fit from event files alone."""
         if self._writer is None:
             return
         from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 
         flat = {k: v for k, v in flatten(cfg).items() if isinstance(v, bool | int | float | str)}
-        self._add(0, summary=hparams_pb(flat))
+        self._add(0, summary=hparams_pb(flat | {f"counts.{name}": count for name, count in counts.items()}))
         if result:
             self.scalars(result["step"], {"loss": result["loss"]}, "hparams")
 

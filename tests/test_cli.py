@@ -62,7 +62,7 @@ MISTAKES = {
     "fit": ("SOURCE",),
     "fit nothing.csv": ("nothing.csv", "does not exist"),
     "fit x.csv --columns=N": ("'N'", "name=header"),
-    "fit x.csv --report=r.html": ("--report", "study folder"),
+    "fit x.csv --show=everything": ("--show=everything", "agreement"),
     "forecast no.json --flops=1e20": ("no.json", "No such file"),
     "forecast no.json": ("--flops", "--params"),
     "forecast no.json --params=1e9": ("--params", "--tokens"),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from planted_study import planted_loss, shape, write_run, write_study
 
-from slmjax.scaling.points import load_points, load_runs
+from slmjax import records
+from slmjax.scaling.points import MIXABLE, Condition, Point, PointSet, load_points, load_runs
 
 ROWS = [(1e8, 2e9, 3.1), (2e8, 2e9, 2.9), (4e8, 8e9, 2.6)]
 
@@ -96,6 +97,35 @@ def test_a_line_cut_by_a_kill_is_left_out_and_other_damage_refused(study, tmp_pa
         load_points([tmp_path])
 
 
+def test_a_run_that_failed_before_its_first_line_is_failed_not_unstarted(tmp_path):
+    """A launcher that gave up leaves status.json; data that would not open leave an end without a start."""
+    rng = np.random.default_rng(0)
+    ids = ("refused", "bad_data", "relaunched", "queued", "redone")
+    (tmp_path / "study.json").write_text(json.dumps({"name": "s", "runs": [{"run_id": r} for r in ids]}))
+    failed = {"state": "failed", "reason": "ValueError: the mesh does not fit"}
+    for run_id, said in (("refused", failed), ("queued", {"state": "queued"})):
+        (tmp_path / run_id).mkdir()
+        (tmp_path / run_id / "status.json").write_text(json.dumps(said))
+    writer = records.RunWriter(tmp_path / "bad_data")
+    writer.write("end", status="failed", step=0, reason="DataError: no such file")
+    writer.status("failed", reason="DataError: no such file")
+    write_run(tmp_path / "relaunched", 64, 0, 100, rng, 0.0, status="preempted")
+    (tmp_path / "relaunched" / "status.json").write_text(json.dumps(failed))
+    write_run(tmp_path / "redone", 64, 0, 100, rng, 0.0, status=None)
+    write_run(tmp_path / "redone", 64, 0, 100, rng, 0.0, attempt=1)
+    # Trained and evaluated, and killed before its DONE: a relaunch that failed takes nothing away.
+    (tmp_path / "redone" / "status.json").write_text(json.dumps(failed))
+    loaded = load_points([tmp_path])
+    assert [p.run_id for p in loaded.points] == ["redone"]
+    assert {e.run_id: e.reason for e in loaded.excluded} == {
+        "refused": "failed: ValueError: the mesh does not fit",
+        "bad_data": "failed: DataError: no such file",
+        "relaunched": "failed: ValueError: the mesh does not fit",
+        "queued": "not started",
+    }
+    assert [run.status for run in load_runs(tmp_path)] == ["failed", "failed", "failed", "not started", "done"]
+
+
 def write_table(path, header, rows=ROWS):
     if path.suffix == ".csv":
         path.write_text("\n".join([",".join(header), *(",".join(map(str, row)) for row in rows)]) + "\n")
@@ -161,7 +191,7 @@ def test_sources_that_are_none(tmp_path):
 
 def test_study_and_table_do_not_mix(study, tmp_path):
     table = write_table(tmp_path / "runs.csv", ("N", "D", "loss"))
-    with pytest.raises(ValueError, match="ways of counting N: column N, non_embedding"):
+    with pytest.raises(ValueError, match=r"ways of counting N: non_embedding, unknown \(column N\)"):
         load_points([study, table]).require_comparable()
 
 
@@ -170,3 +200,79 @@ def test_only_one_family(study):
     assert loaded.only("dense").points == loaded.points
     none = loaded.only("moe")
     assert not none.points and len(none.excluded) == len(loaded.excluded) + len(loaded)
+
+
+# ---- which points ---------------------------------------------------------------------------------------------------
+
+
+def made(num=6, **changes):
+    points = (Point(f"r{i}", 1e8 * (i + 1), 1e9, 6e17, 3.0 - i / 10, tags={"lr": i % 2}) for i in range(num))
+    return PointSet(tuple(p._replace(**{k: v[i % len(v)] for k, v in changes.items()}) for i, p in enumerate(points)))
+
+
+def ids(point_set):
+    return [p.run_id for p in point_set.points]
+
+
+def test_whatever_leaves_the_points_stays_listed():
+    """Filters one after another: kept and left out are always all of them, with the reason of the first."""
+    everything = made()
+    now = everything.where(Condition.parse("lr=0")).drop_highest(1).exclude({"r4": "typo in its log"})
+    assert ids(now) == ["r2"]
+    assert {e.run_id: e.reason for e in now.excluded} == {
+        **dict.fromkeys(("r1", "r3", "r5"), "not lr=0 (--where)"),
+        "r0": "one of the 1 highest losses (--drop_highest=1)",
+        "r4": "typo in its log",
+    }
+    assert len(now.notes) == 3 and "r4: typo in its log" in now.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("N<3e8", [0, 1]),
+        ("N<=300000000", [0, 1, 2]),
+        ("N>3e8", [3, 4, 5]),
+        ("N>=3e8", [2, 3, 4, 5]),
+        ("lr != 1.0", [0, 2, 4]),
+        ("run_id=r3", [3]),
+        ("family=", [0, 1, 2, 3, 4, 5]),
+        ("family=x", []),
+        ("family<3", []),  # an empty cell is below nothing
+    ],
+)
+def test_conditions_compare_numbers_as_numbers_and_the_rest_as_text(text, kept):
+    assert ids(made().where(Condition.parse(text))) == [f"r{i}" for i in kept]
+
+
+def test_filters_refuse_what_they_cannot_mean():
+    for text, said in (("lr", "must read column=value"), ("N<many", "'many' is none"), ("=3", "must read")):
+        with pytest.raises(ValueError, match=said):
+            Condition.parse(text)
+    with pytest.raises(ValueError, match="did you mean 'family'"):
+        made().where(Condition.parse("famly=x"))
+    with pytest.raises(ValueError, match="from 0 to the others"):
+        made().drop_highest(6)
+    with pytest.raises(ValueError, match="--exclude=r10"):
+        made().exclude({"r10": "x"})
+    with pytest.raises(ValueError, match="did you mean 'tokenizer'"):
+        made().mix(["tokeniser"])
+
+
+@pytest.mark.parametrize("name", MIXABLE)
+def test_what_differs_is_mixed_only_when_told_and_then_recorded(name):
+    differing = made(**{MIXABLE[name]: ("a", "b")})
+    with pytest.raises(ValueError, match=f"mix .*: a, b; .*--mix={name}$"):
+        differing.require_comparable()
+    others = [other for other in MIXABLE if other != name]
+    with pytest.raises(ValueError, match=f"--mix={name}"):
+        differing.mix(others).require_comparable()
+    told = differing.mix([name])
+    assert told.conventions()[MIXABLE[name]] == "mixed: a, b"
+    assert told.notes == (f"fitted together although they differ in {name}: a, b (--mix={name})",)
+    assert not made().mix(list(MIXABLE)).notes  # nothing differs, nothing to say
+
+
+def test_two_units_of_loss_never_mix():
+    with pytest.raises(ValueError, match="units of loss: bits per byte, nats per token"):
+        made(loss_unit=("nats per token", "bits per byte")).mix(list(MIXABLE)).require_comparable()

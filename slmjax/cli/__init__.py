@@ -23,8 +23,10 @@ DONE, CHECK_FAILED, USAGE, PREEMPTED, DIVERGED = range(5)
 VERBS = {
     "train": "one run; relaunching resumes it, and a finished run is left alone",
     "study": "plan, run, watch and report a study of many runs",
-    "fit": "a scaling law from study folders, CSV or JSONL files",
-    "forecast": "the best model and the loss at a budget, from a fit",
+    "fit": "a scaling law from study folders, tables, or TensorBoard event files",
+    "forecast": "the best model and the loss at a budget, from a fit; which runs to add",
+    "curves": "whole loss curves under any schedule, and the best decay, from a table of them",
+    "rates": "learning rate and batch size, from a sweep or a published law",
     "bench": "how fast a config trains on this machine, against plain JAX",
     "check": "whether activations keep their size over width and depth",
     "tokenize": "train a tokenizer on files",

@@ -146,19 +146,41 @@ def load_study(spec: str) -> Study:
     return module.get_study(*argument)
 
 
+def column_map(entries: list[str] | None) -> dict[str, str] | None:
+    """{"N": expression, ...} of N=expression entries; what reads the table refuses names it does not know."""
+    if entries is None:
+        return None
+    bad = [entry for entry in entries if "=" not in entry]
+    if bad:
+        raise ConfigError(f"--columns={bad[0]!r} must read name=header, e.g. --columns=N=params,D=tokens,loss=final")
+    pairs = [entry.split("=", 1) for entry in entries]
+    twice = [name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i])]
+    if twice:
+        raise ConfigError(f"--columns names {twice[0]} twice; give it one column")
+    return dict(pairs)
+
+
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
 def help_text(verb: ModuleType, flag_values: FlagValues) -> str:
     """The verb's docstring, then its flags."""
-    flags = sorted((flag_values[name] for name in flag_values if len(name) > 1), key=lambda flag: flag.name)
+    names = sorted({flag_values[name].name for name in flag_values})  # a flag and its short name are one
+    flags = [flag_values[name] for name in names]
     left = [f"--{flag.name}" if flag.boolean else f"--{flag.name}=..." for flag in flags]
     width = max(map(len, left), default=0)
+    said = [flag.help.splitlines()[0].rstrip(";") for flag in flags]  # without absl's second line on repeatable flags
     lines = [
-        f"  {name:{width}}  {flag.help}" + (f" (default {flag.default})" if flag.default not in (None, False) else "")
-        for name, flag in zip(left, flags, strict=True)
+        f"  {name:{width}}  {text}" + (f" (default {flag.default})" if flag.default not in (None, False, []) else "")
+        for name, text, flag in zip(left, said, flags, strict=True)
     ]
     return "\n".join([verb.__doc__.strip(), "", "flags:", *lines])
+
+
+def write_text(path: str, text: str) -> None:
+    """A file, with the folders above it."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
 
 
 def print_json(value: Any) -> None:

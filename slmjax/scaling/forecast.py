@@ -1,8 +1,8 @@
-"""Forecasts from a Fit: the compute-optimal N and D at a budget, and the loss a run will reach, with intervals.
+"""Forecasts from a Fit: the compute-optimal N and D at a budget, the loss a run will reach, the budget a loss takes.
 
 Two kinds of uncertainty are told apart. Where the law lies (bootstrap draws) gives the intervals of N, D and D/N; what
-one new run will show (the law plus the scatter of runs around it) gives the interval of a loss. Every forecast says how
-far beyond the fitted runs it reaches: no interval here knows whether the law still holds there.
+one new run will show (the law, the scatter of runs, and how the form went wrong in back-tests) gives the interval of a
+loss. Every forecast carries its back-test and says how far beyond the fitted runs it reaches.
 """
 
 import dataclasses
@@ -12,42 +12,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slmjax.scaling import show
+from slmjax.scaling import prediction, show
+from slmjax.scaling.allocation import COSTS, Cost, Trade, allocate, best, make_cost, trades
+from slmjax.scaling.backtest import BackTest, back_test
 from slmjax.scaling.fit import Fit
+from slmjax.scaling.prediction import LEVELS
 
-LEVELS = (0.8, 0.95)
-COSTS = ("6ND", "logged")
+__all__ = ["COSTS", "LEVELS", "Cost", "Forecast", "Quantity", "Trade", "allocate", "budget", "loss", "make_cost",
+           "optimum", "trade_table", "trades"]  # fmt: skip
 
-
-class Cost(NamedTuple):
-    """Training FLOPs C = 6 N D (1 + coefficient N^-exponent): the excess is the head and attention of small models."""
-
-    name: str
-    coefficient: float = 0.0
-    exponent: float = 0.0
-
-    def flops(self, N, D):
-        return 6 * N * D * (1 + self.coefficient * N**-self.exponent)
-
-    def tokens(self, N, flops):
-        """D that spends the budget on a model of N parameters."""
-        return flops / (6 * N * (1 + self.coefficient * N**-self.exponent))
-
-    def slope(self, N):
-        """d log C / d log N at fixed D."""
-        excess = self.coefficient * N**-self.exponent
-        return 1 - self.exponent * excess / (1 + excess)
-
-    def __str__(self):
-        if not self.coefficient:
-            return "C = 6 N D"
-        sign = "+" if self.coefficient > 0 else "-"
-        return f"C = 6 N D (1 {sign} {abs(self.coefficient):.4g} N^{-self.exponent:.3f}), as the runs logged it"
+BUDGETS_SEARCHED = (1e-3, 1e9)  # times the largest run's compute, for the budget that a loss takes
+BUDGETS_PER_DECADE = 40
 
 
-@dataclasses.dataclass(frozen=True)
-class Quantity:
-    """A forecast number with its intervals by level; an end is inf (or 0) where the data do not bound it."""
+class Quantity(NamedTuple):
+    """A forecast number with its intervals by level; an end is inf (or -inf) where the data do not bound it."""
 
     name: str
     value: float
@@ -59,9 +38,10 @@ class Forecast:
     """A prediction at a target.
 
     Attributes:
-      target: what was asked: {"flops"} or {"N", "D"}.
+      target: what was asked: {"flops"}, {"N", "D"} or {"loss"}.
       quantities: by name: N, D, tokens_per_param, flops, loss, as far as they are not given.
       reach: target over the largest fitted value of N, D and C; above 1 is extrapolation.
+      tested: what forecasts of this law from the cheaper of these runs were worth.
     """
 
     law: str
@@ -70,6 +50,7 @@ class Forecast:
     quantities: dict[str, Quantity]
     reach: dict[str, float]
     notes: list[str]
+    tested: BackTest
 
     def __getitem__(self, name: str) -> Quantity:
         return self.quantities[name]
@@ -82,6 +63,7 @@ class Forecast:
             "target": self.target,
             "reach": self.reach,
             "notes": self.notes,
+            "back_test": self.tested.to_dict(),
             "quantities": {
                 q.name: {
                     "value": _finite(q.value),
@@ -99,6 +81,7 @@ class Forecast:
             text = "{:.4g}".format if q.name == "loss" else "{:.3g}".format
             ends = "  ".join(f"{level:.0%} {show.interval(q.intervals[level], text)}" for level in q.intervals)
             lines.append(f"  {q.name:<16} {text(q.value):<10} {ends}".rstrip())
+        lines.append(self.tested.sentence())
         return "\n".join(lines + [f"note: {note}" for note in self.notes]) + "\n"
 
 
@@ -110,32 +93,35 @@ def optimum(fit: Fit, flops: float, cost: str = "6ND") -> Forecast:
       cost: how N and D spend it. "6ND", or "logged": the FLOPs per token the fitted runs logged, head and attention
         counted, as a power law of N that returns to 6ND for large N.
     """
-    if not (math.isfinite(flops) and flops > 0):
-        raise ValueError(f"flops={flops} must be a positive number")
     price = make_cost(fit, cost)
-    N, D = allocate(fit, fit.theta[None], flops, price)
-    if not (np.isfinite(N[0]) and N[0] > 0):
-        raise ValueError(
-            f"the fitted law has no compute-optimal size at {flops:.3g} FLOPs: its parameters are {fit.parameters}"
-        )
+    N, D = best(fit, flops, price)
     N_K, D_K = allocate(fit, fit.draws, flops, price)
-    point = {"N": float(N[0]), "D": float(D[0])}
+    at = {"N": N, "D": D, "C": float(flops)}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio_K = np.where(N_K > 0, D_K / N_K, np.inf)
     quantities = [
-        _quantity("N", point["N"], N_K),
-        _quantity("D", point["D"], D_K),
-        _quantity("tokens_per_param", point["D"] / point["N"], D_K / np.maximum(N_K, 1e-300)),
-        _loss_quantity(fit, point),
+        _quantity("N", N, N_K),
+        _quantity("D", D, D_K),
+        _quantity("tokens_per_param", D / N, ratio_K),
+        _loss_quantity(fit, at),
     ]
     notes = [f"{q.name} is weakly identified: its 95% interval {_span(q)}" for q in quantities[:3] if _ratio(q) > 30]
-    return _forecast(fit, price, {"flops": float(flops)}, quantities, point | {"C": float(flops)}, notes)
+    return _forecast(fit, price, {"flops": float(flops)}, quantities, at, notes)
 
 
-def loss(fit: Fit, N: float, D: float, cost: str = "6ND") -> Forecast:
-    """The held-out loss of one run with N parameters and D tokens. A law of C takes C as the fitted runs logged it."""
-    for name, value in (("N", N), ("D", D)):
+def loss(fit: Fit, N: float, D: float, cost: str = "6ND", **inputs: float) -> Forecast:
+    """The held-out loss of one run with N parameters and D tokens. A law of C takes C as the fitted runs logged it.
+
+    inputs: what a law of more than N, D and C reads, e.g. E=64 or U=1e9.
+    """
+    for name, value in {"N": N, "D": D, **inputs}.items():
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value} must be a positive number")
-    price, point = make_cost(fit, "logged" if "C" in fit.form.inputs else cost), {"N": float(N), "D": float(D)}
+    missing = [name for name in fit.form.inputs if name not in {"N", "D", "C", *inputs}]
+    if missing:
+        raise ValueError(f"{fit.law} is a law of {', '.join(fit.form.inputs)}; give {', '.join(missing)} too")
+    price = make_cost(fit, "logged" if "C" in fit.form.inputs else cost)
+    point = {"N": float(N), "D": float(D), **inputs}
     C = float(price.flops(N, D))
     quantities = [
         Quantity("flops", C, {}),
@@ -145,54 +131,67 @@ def loss(fit: Fit, N: float, D: float, cost: str = "6ND") -> Forecast:
     return _forecast(fit, price, point, quantities, point | {"C": C}, [])
 
 
-def allocate(fit: Fit, theta_KP: np.ndarray, flops: float, cost: Cost) -> tuple[np.ndarray, np.ndarray]:
-    """Compute-optimal N [K] and D [K] of each candidate law at one budget, by bisection on log N.
+def budget(fit: Fit, loss: float, cost: str = "6ND") -> Forecast:
+    """The least training compute whose optimal model will show a loss, with the N and D it takes.
 
-    At the optimum a further unit of log C spent on N or on D lowers the loss alike:
-    (dL/dlog N) / (dlog C/dlog N) = dL/dlog D. Where no size is best, N is 0 or inf.
+    Its interval inverts that of the loss: an end is where an end of the loss interval reaches the target, unbounded
+    where that does not happen within 1e9 times the largest run.
     """
-    if fit.form.inputs != ("N", "D"):
+    if not (math.isfinite(loss) and loss > 0):
+        raise ValueError(f"loss={loss} must be a positive number")
+    if fit.residual != "log":
+        raise ValueError(f"{fit.law} is fitted to raw losses; a budget for a loss needs a law of log loss")
+    price, largest = make_cost(fit, cost), max(p["C"] for p in fit.points)
+    low, high = (factor * largest for factor in BUDGETS_SEARCHED)
+    C_m = np.geomspace(low, high, 1 + round(BUDGETS_PER_DECADE * math.log10(high / low)))
+    N_m, D_m = allocate(fit, np.tile(fit.theta, (len(C_m), 1)), C_m, price)
+    usable = np.isfinite(N_m) & (N_m > 0)
+    if not usable.any():
+        raise ValueError(f"the fitted law has no compute-optimal size: its parameters are {fit.parameters}")
+    C_m, N_m, D_m = C_m[usable], N_m[usable], D_m[usable]
+    made = prediction.predict(fit, {"N": N_m, "D": D_m, "C": C_m})
+    C = _falls_to(C_m, made.value_m, math.log(loss))
+    if not math.isfinite(C):
         raise ValueError(
-            f"{fit.law} is a law of {', '.join(fit.form.inputs)}; a compute-optimal N and D need a law of N and D"
+            f"loss={loss:.4g} is not reached within {BUDGETS_SEARCHED[1]:.0e} times the largest run's compute, where "
+            f"the law still predicts {math.exp(made.value_m[-1]):.4g}; ask for a loss above that"
         )
-    # From one parameter to a model that sees one token.
-    low_K, high_K = np.zeros(len(theta_KP)), np.full(len(theta_KP), math.log(flops))
-
-    def gain_of_larger_N(log_N_K):
-        N_K = np.exp(log_N_K)
-        log_inputs_FK = np.stack([log_N_K, np.log(cost.tokens(N_K, flops))])
-        slope_N_K, slope_D_K = fit.form.slopes(theta_KP, log_inputs_FK - fit.centre[:, None])
-        return cost.slope(N_K) * slope_D_K - slope_N_K
-
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        never_K, always_K = gain_of_larger_N(low_K) <= 0, gain_of_larger_N(high_K) >= 0
-        for _ in range(64):
-            middle_K = 0.5 * (low_K + high_K)
-            larger_K = gain_of_larger_N(middle_K) > 0
-            low_K, high_K = np.where(larger_K, middle_K, low_K), np.where(larger_K, high_K, middle_K)
-    N_K = np.where(never_K, 0.0, np.where(always_K, np.inf, np.exp(high_K)))
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        D_K = np.where(never_K, np.inf, np.where(always_K, 0.0, cost.tokens(N_K, flops)))
-    return N_K, D_K
+    ends = made.widened(back_test(fit).discrepancy)
+    reached = {
+        level: tuple(_falls_to(C_m, made.value_m + end_m, math.log(loss)) for end_m in ends[level]) for level in LEVELS
+    }
+    N, D = best(fit, C, price)
+    quantities = [Quantity("flops", C, reached), Quantity("N", N, {}), Quantity("D", D, {})]
+    return _forecast(fit, price, {"loss": float(loss)}, quantities, {"N": N, "D": D, "C": C}, [])
 
 
-def make_cost(fit: Fit, name: str) -> Cost:
-    """The named rule for C. "logged" fits C/(6 N D) - 1 = c N^-g to the points, which must all lie on one side of 0."""
-    if name not in COSTS:
-        raise ValueError(f"cost={name!r} is not one of {', '.join(COSTS)}")
-    if name == "6ND":
-        return Cost("6ND")
-    N, D, C = (np.array([p[key] for p in fit.points], float) for key in ("N", "D", "C"))
-    excess = C / (6 * N * D) - 1
-    if np.abs(excess).max() < 0.005:
-        return Cost("logged")
-    if not ((excess > 0).all() or (excess < 0).all()) or np.ptp(np.log(N)) == 0:
-        raise ValueError(
-            "the logged FLOPs lie above 6 N D for some runs and below for others, so they cannot be extrapolated; "
-            "use cost=6ND"
+def trade_table(made: list[Trade]) -> str:
+    """One line per size."""
+    rows = [("N / N*", "N", "D for the same loss", "FLOPs for it", "loss at the same FLOPs", "FLOPs spent / needed")]
+    rows += [
+        (
+            f"{t.factor:g}",
+            show.count(t.N),
+            show.count(t.same_loss_D),
+            f"{t.same_loss_flops:.3g}" if math.isfinite(t.same_loss_flops) else "unbounded",
+            f"{t.same_flops_loss:.4g}",
+            f"{t.waste:.3g}",
         )
-    slope, intercept = np.polyfit(np.log(N), np.log(np.abs(excess)), 1)
-    return Cost("logged", float(np.sign(excess[0]) * np.exp(intercept)), float(-slope))
+        for t in made
+    ]
+    return "\n".join(show.columns(rows)) + "\n"
+
+
+def _falls_to(C_m, value_m, target):
+    """The first C at which a curve has fallen to a target, interpolated in log C; -inf or inf outside the search."""
+    below = np.flatnonzero(value_m <= target)
+    if not len(below):
+        return math.inf
+    i = int(below[0])
+    if i == 0:
+        return -math.inf
+    share = (value_m[i - 1] - target) / (value_m[i - 1] - value_m[i]) if np.isfinite(value_m[i - 1]) else 1.0
+    return float(C_m[i - 1] * (C_m[i] / C_m[i - 1]) ** share)
 
 
 def _quantity(name, value, draws_K):
@@ -206,45 +205,43 @@ def _percentiles(draws, level):
     return float(low) if low > 0 else -math.inf, float(high)
 
 
-def _loss_quantity(fit, inputs):
-    """Loss with prediction intervals: every draw of the law plus every residual, widened for the parameters fitted."""
-    inputs = {name: inputs[name] for name in fit.form.inputs}
-    n, P = len(fit.points), len(fit.theta)
-    scatter_n = fit.residuals() * math.sqrt(n / (n - P))
-    draws_K = np.log(fit.predict_draws(**inputs))
-    return Quantity(
-        "loss",
-        fit.predict(**inputs),
-        {
-            level: tuple(
-                math.exp(end)
-                for end in np.quantile(
-                    (draws_K[:, None] + scatter_n).ravel(), [(1 - level) / 2, (1 + level) / 2]
-                ).tolist()
-            )
-            for level in LEVELS
-        },
-    )
+def _loss_quantity(fit, at):
+    """Loss of the law, with prediction intervals as back-tests calibrated them."""
+    made = prediction.predict(fit, {name: np.array([at[name]]) for name in {"C", *fit.form.inputs}})
+    value, ends = float(made.value_m[0]), made.widened(back_test(fit).discrepancy)
+    intervals = {
+        level: tuple(prediction.to_loss(fit, value + float(end_m[0])) for end_m in ends[level]) for level in LEVELS
+    }
+    return Quantity("loss", prediction.to_loss(fit, value), intervals)
 
 
 def _forecast(fit, cost, target, quantities, at, notes):
+    tested = back_test(fit)
     reach = {name: at[name] / max(p[name] for p in fit.points) for name in ("N", "D", "C")}
     beyond = {name: value for name, value in reach.items() if value > 1.05}
+    grows = tested.discrepancy.rate * math.log(10)
     notes = [
         *notes,
-        f"loss interval: bootstrap of the law plus the scatter of runs ({fit.residual_rms():.2g} in log loss)",
+        f"loss interval: bootstrap of the law, the scatter of runs ({fit.residual_rms():.2g} in {fit.residual} loss), "
+        + (
+            f"and the law's own error as back-tests showed it ({grows:.2g} per factor 10 beyond the runs)"
+            if tested.outcomes or grows
+            else "and no error of the law itself"
+        ),
     ]
     if beyond:
         notes.append(
             "extrapolation: "
             + ", ".join(f"{name} is {value:.3g}x the largest fitted" for name, value in beyond.items())
-            + "; the intervals assume that the law holds there, which these runs cannot show"
+            + (
+                f"; hidden runs tested the law up to {tested.reach:.3g}x the compute fitted"
+                if tested.outcomes
+                else "; the intervals assume that the law holds there, which these runs cannot show"
+            )
         )
     for name, why in fit.weakly_identified().items():
         notes.append(f"{name} is weakly identified: {why}")
-    return Forecast(
-        law=fit.law, cost=str(cost), target=target, quantities={q.name: q for q in quantities}, reach=reach, notes=notes
-    )
+    return Forecast(fit.law, str(cost), target, {q.name: q for q in quantities}, reach, notes, tested)
 
 
 def _ratio(q):

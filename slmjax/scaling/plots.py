@@ -1,278 +1,208 @@
-"""The report's figures as Matplotlib Figures, and saving them as SVG and PDF with the same bytes every time.
+"""A law and the runs it was fitted to, as figures: contours over N and D, loss against compute, residuals.
 
-Matplotlib is imported when the first figure is drawn. Model size is always a sequential ramp, light for small and dark
-for large, that survives colour blindness and grey printing; one accent colour is kept for the law.
+Letters: n points, m places on a curve.
 """
 
-import contextlib
-import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slmjax.scaling import forecast, show
+from slmjax.scaling import allocation, diagnose, drawing, prediction
+from slmjax.scaling.allocation import Cost
+from slmjax.scaling.backtest import back_test
+from slmjax.scaling.drawing import INK, LAW_COLOUR, MUTED
 from slmjax.scaling.fit import Fit
-from slmjax.scaling.points import PointSet, Run
+from slmjax.scaling.forecast import Forecast
+from slmjax.scaling.points import PointSet
 
-LAW_COLOUR = "#b3421f"
-INK, MUTED, HAIRLINE = "#22262b", "#6b7280", "#e3e6ea"
-STYLE = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "slmjax",
-    "text.color": INK,
-    "axes.edgecolor": "#9aa1aa",
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": HAIRLINE,
-    "grid.linewidth": 0.6,
-    "axes.axisbelow": True,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.solid_capstyle": "round",
-}
+MOST_LINES = 12  # sizes that get a line of their own; more would hide the runs
+NUM_CONTOURS = 9  # over the lower half of the plane
+GRID = 90  # places along each axis of the contours
+MARGIN = 1.4  # of N and D beyond what is shown
 
 
-@contextlib.contextmanager
-def _style():
-    import matplotlib
+def contours(fit: Fit, cost: Cost, made: Sequence[Forecast] = ()) -> Any:
+    """Loss of a law over N and D, with the runs, the compute-optimal frontier and the forecasts on it.
 
-    with matplotlib.rc_context(STYLE):
-        yield
-
-
-def _figure(width, height, columns=1):
-    """Figure and axes, inches, without pyplot and so without global state."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _size_colours(sizes):
-    """{N: colour} from light (small) to dark (large), by rank so that any spacing of sizes stays legible."""
-    from matplotlib import colormaps
-
-    ramp, ranked = colormaps["viridis_r"], sorted(set(sizes))
-    return {N: ramp(0.18 + 0.78 * (i / (len(ranked) - 1) if len(ranked) > 1 else 1)) for i, N in enumerate(ranked)}
-
-
-def _size_legend(axes, colours, **where):
-    from matplotlib.lines import Line2D
-
-    shown = list(colours)
-    if len(shown) > 8:  # a ramp needs no more than eight names
-        shown = [shown[round(i * (len(shown) - 1) / 7)] for i in range(8)]
-    handles = [Line2D([], [], color=colours[N], linewidth=2, label=show.count(N)) for N in shown]
-    axes.add_artist(axes.legend(handles=handles, title="parameters N", title_fontsize=8.5, alignment="left", **where))
-
-
-def loss_curves(runs: Sequence[Run], n: str = "non_embedding") -> Any:
-    """Train loss (faint) and held-out loss (solid) against tokens; a branch is drawn from where it leaves its trunk."""
-    started = [run for run in runs if run.start and (run.train or run.evals)]
-    by_id = {run.run_id: run for run in started}
-    colours = _size_colours(run.start["counts"][n] for run in started)
-    with _style():
-        figure, (axes,) = _figure(8.6, 4.4)
-        for run in started:
-            colour = colours[run.start["counts"][n]]
-            train, evals = _curve(run, run.train), _curve(run, run.evals)
-            if run.parent in by_id:
-                evals = _departure(by_id[run.parent], run.branch_step) + evals
-            final = _curve(run, [run.end]) if run.status == "done" else []
-            axes.plot(*_thin(train), color=colour, alpha=0.28, linewidth=0.7)
-            # Trunks solid, branches dashed: which curve is the stable phase must be seen without colour.
-            dashes = (0, (3, 1.2)) if run.parent else "-"
-            axes.plot(*_thin(evals + final), color=colour, linewidth=1.5, linestyle=dashes)
-            if final and run.end.get("phase") != "stable":
-                axes.plot(*final[0], "o", color=colour, markersize=4.5, markeredgecolor="white", markeredgewidth=0.6)
-        losses = [line["loss"] for run in started for line in [*run.evals, run.end or {}] if line.get("loss")]
-        if losses:  # the first steps, at ln(vocabulary), would flatten everything that matters
-            low, high = min(losses), float(np.quantile(losses, 0.9))
-            top = high + 0.45 * (high - low)
-            axes.set_ylim(low - 0.08 * (high - low), top)
-            curves = [point for run in started for point in _curve(run, [*run.train, *run.evals])]
-            axes.set_xlim(left=0.8 * min(tokens for tokens, loss in curves if loss <= top))
-        axes.set(xscale="log", xlabel="tokens D", ylabel="loss (nats per token)")
-        _plain_ticks(axes)
-        _size_legend(axes, colours, loc="upper right")
-        _trunk_legend(axes)
+    Raises:
+      ValueError: a law of other inputs has no such plane.
+    """
+    if fit.form.inputs != ("N", "D"):
+        raise ValueError(
+            f"{fit.law} is a law of {', '.join(fit.form.inputs)}, and contours over N and D need a law of just these"
+        )
+    N_n, D_n, loss_n = (np.array([p[name] for p in fit.points], float) for name in ("N", "D", "loss"))
+    marked = [(f["N"].value, f["D"].value, f) for f in made]
+    low_N, high_N, low_D, high_D = _window(N_n, D_n, marked)
+    N_g, D_g = np.geomspace(low_N, high_N, GRID), np.geomspace(low_D, high_D, GRID)
+    N_gg, D_gg = np.meshgrid(N_g, D_g)
+    u_Fm = np.log([N_gg.ravel(), D_gg.ravel()]) - fit.centre[:, None]
+    loss_gg = fit.form.loss(fit.theta[None], u_Fm)[0][0].reshape(N_gg.shape)
+    with drawing.style():
+        figure, (axes,) = drawing.new_figure(8.6, 5.6)
+        shades = {"vmin": float(loss_n.min()), "vmax": float(np.quantile(loss_n, 0.95)), "cmap": "viridis"}
+        lines = axes.contour(N_g, D_g, loss_gg, _loss_levels(loss_gg), colors="#9aa1aa", linewidths=0.8)
+        axes.clabel(lines, fmt="%.4g", fontsize=8, colors=MUTED)
+        dots = axes.scatter(N_n, D_n, c=loss_n, s=30, edgecolor="white", linewidth=0.6, zorder=3, **shades)
+        _draw_optima(axes, fit, cost, (low_N, high_N, low_D, high_D), marked)
+        axes.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="tokens D")
+        axes.set(xlim=(low_N, high_N), ylim=(low_D, high_D))
+        drawing.count_ticks(axes.xaxis)
+        drawing.count_ticks(axes.yaxis)
+        axes.grid(False)
+        bar = figure.colorbar(dots, ax=axes, pad=0.015, aspect=40, extend="max")
+        bar.set_label("observed loss of the runs (nats per token)")
+        bar.outline.set_visible(False)
+        axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
     return figure
 
 
-def _trunk_legend(axes):
-    from matplotlib.lines import Line2D
-
-    look = {"color": MUTED, "linewidth": 1.5}
-    axes.legend(
-        handles=[
-            Line2D([], [], **look, label="held-out, trunk or single run"),
-            Line2D([], [], **look, linestyle=(0, (3, 1.2)), label="held-out, decay branch"),
-            Line2D([], [], color=MUTED, alpha=0.4, linewidth=0.8, label="train"),
-            Line2D([], [], color=MUTED, marker="o", linestyle="", markersize=4.5, label="finished, used in the fit"),
-        ],
-        loc="lower left",
-    )
+def _window(N_n, D_n, marked):
+    N, D = [*N_n, *(N for N, _, _ in marked)], [*D_n, *(D for _, D, _ in marked)]
+    for _, _, forecast in marked:
+        N += [end for end in forecast["N"].intervals[0.8] if 0 < end < math.inf]
+        D += [end for end in forecast["D"].intervals[0.8] if 0 < end < math.inf]
+    return min(N) / MARGIN, max(N) * MARGIN, min(D) / MARGIN, max(D) * MARGIN
 
 
-def _curve(run, lines):
-    return [(line["tokens"], line["loss"]) for line in lines if line["tokens"] > 0 and _finite(line["loss"])]
+def _loss_levels(loss_gg):
+    """Round losses, closer together where the loss is low: there the contours lie far apart."""
+    low, middle, high = np.quantile(loss_gg, [0, 0.5, 1]).tolist()
+    rough = (middle - low) / NUM_CONTOURS
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(digit * unit for digit in (1, 2, 5, 10) if digit * unit >= rough)
+    first = math.ceil(low / step) * step
+    fine = np.arange(first, middle, step)
+    return np.concatenate([fine, np.arange(fine[-1] + 2 * step if len(fine) else first, high, 2 * step)])
 
 
-def _departure(trunk, branch_step):
-    """The trunk's held-out loss at the branch point: on the line between its two evaluations around it."""
-    steps = [line["step"] for line in trunk.evals if _finite(line["loss"])]
-    if not steps or branch_step is None or not steps[0] <= branch_step <= steps[-1]:
-        return []
-    losses = [line["loss"] for line in trunk.evals if _finite(line["loss"])]
-    return [(branch_step * trunk.start["tokens_per_step"], float(np.interp(branch_step, steps, losses)))]
+def _draw_optima(axes, fit, cost, window, marked):
+    """Best N and D of every budget in the window, solid as far as runs were made, and the budgets asked for."""
+    low_N, high_N, low_D, high_D = window
+    C_m = np.geomspace(cost.flops(low_N, low_D), cost.flops(high_N, high_D), 160)
+    N_m, D_m, _ = allocation.frontier(fit, C_m, cost)
+    inside_m = (low_N <= N_m) & (N_m <= high_N) & (low_D <= D_m) & (D_m <= high_D)
+    made_m = C_m <= max(p["C"] for p in fit.points)
+    solid, dashed = inside_m & made_m, inside_m & ~made_m
+    axes.plot(N_m[solid], D_m[solid], color=LAW_COLOUR, linewidth=1.8, label="compute-optimal frontier of the law")
+    axes.plot(N_m[dashed], D_m[dashed], color=LAW_COLOUR, linewidth=1.6, linestyle=(0, (4, 2)), label="extrapolated")
+    for i, (N, D, forecast) in enumerate(marked):
+        low, high = forecast["N"].intervals[0.8]
+        said = "forecast, 80% interval of N*" if i == 0 else None
+        if 0 < low < high < math.inf:
+            across = np.geomspace(low, high, 40)
+            axes.plot(across, cost.tokens(across, forecast.target["flops"]), color=LAW_COLOUR, linewidth=4, alpha=0.25)
+        axes.plot([N], [D], "D", color=LAW_COLOUR, markersize=5.5, markeredgecolor="white", label=said, zorder=4)
 
 
-def _thin(curve, most=400):
-    """At most `most` points of a curve as (x, y); a report is read, not resampled."""
-    kept = curve if len(curve) <= most else [curve[round(i * (len(curve) - 1) / (most - 1))] for i in range(most)]
-    return ([x for x, _ in kept], [y for _, y in kept])
+def loss_against_compute(
+    point_set: PointSet, fit: Fit | None, cost: Cost | None = None, budgets: Sequence[float] = ()
+) -> Any:
+    """Every run, the law at each size, and its compute-optimal frontier with bands out to the largest budget.
 
-
-def loss_against_compute(point_set: PointSet, fit: Fit | None, cost: str, budgets: Sequence[float] = ()) -> Any:
-    """Every run, the law at each size, and its compute-optimal frontier with bands out to the largest budget."""
-    points = point_set.points
-    colours = _size_colours(p.N for p in points)
-    with _style():
-        figure, (axes,) = _figure(8.6, 4.6)
-        largest = max(p.C for p in points)
-        if fit is not None:
-            _draw_frontier(axes, fit, cost, min(p.C for p in points), max([largest, *budgets]))
-            price = forecast.make_cost(fit, cost)
-        for N, colour in colours.items():
+    Args:
+      cost: None for a law that is no law of N and D: a law of C is drawn all the same, any other as its runs alone.
+    Raises:
+      ValueError: the points have no C.
+    """
+    points = [p for p in point_set.points if p.C is not None]
+    if not points:
+        raise ValueError("the runs have no FLOPs, so there is no loss against compute to draw")
+    colours = drawing.ramp(p.N for p in points if p.N is not None)
+    largest = max(p.C for p in points)
+    with drawing.style():
+        figure, (axes,) = drawing.new_figure(8.6, 4.6)
+        if fit is not None and (fit.form.inputs == ("C",) or cost is not None):
+            _draw_frontier(axes, fit, cost, np.geomspace(min(p.C for p in points), max([largest, *budgets]), 80))
+        for N in [*colours, *([None] if any(p.N is None for p in points) else [])]:
             group = sorted((p for p in points if p.N == N), key=lambda p: p.C)
-            if fit is not None and len(group) > 1:
-                C = np.geomspace(group[0].C, group[-1].C, 40)
-                axes.plot(C, [fit.predict(N=N, D=price.tokens(N, c)) for c in C], color=colour, linewidth=1)
-            errors = [p.se or 0 for p in group]
-            axes.errorbar(
-                [p.C for p in group],
-                [p.loss for p in group],
-                yerr=errors,
-                fmt="o",
-                color=colour,
-                markersize=5.5,
-                markeredgecolor="white",
-                markeredgewidth=0.7,
-                elinewidth=0.8,
-                zorder=3,
-            )
+            colour = colours.get(N, MUTED)
+            if cost is not None and len(colours) <= MOST_LINES and len(group) > 1:
+                C_m = np.geomspace(group[0].C, group[-1].C, 40)
+                axes.plot(C_m, _loss(fit, N, cost.tokens(N, C_m)), color=colour, linewidth=1)
+            _draw_runs(axes, group, colour)
         if max(budgets, default=0) > largest:
-            axes.axvline(largest, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
-            axes.annotate(
-                " extrapolation →",
-                (largest, 1),
-                xycoords=("data", "axes fraction"),
-                va="top",
-                color=MUTED,
-                fontsize=8.5,
-            )
+            _mark_extrapolation(axes, largest)
         axes.set(xscale="log", xlabel="training compute C (FLOPs)", ylabel="held-out loss (nats per token)")
-        _size_legend(axes, colours, loc="upper right")
-        if fit is not None:
+        drawing.flops_ticks(axes.xaxis)
+        if colours:
+            drawing.ramp_legend(axes, colours, "parameters N", loc="upper right")
+        if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="lower left")
     return figure
 
 
-def _draw_frontier(axes, fit, cost, low, high):
-    budgets = np.geomspace(low, high, 32)
-    made = [forecast.optimum(fit, float(C), cost)["loss"] for C in budgets]
+def _draw_runs(axes, group, colour):
+    C_n, loss_n = [p.C for p in group], [p.loss for p in group]
+    look = {"color": colour, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "zorder": 3}
+    if any(p.se for p in group):
+        axes.errorbar(C_n, loss_n, yerr=[p.se or 0 for p in group], fmt="o", elinewidth=0.8, **look)
+    else:
+        axes.plot(C_n, loss_n, "o", **look)
+
+
+def _mark_extrapolation(axes, largest):
+    axes.axvline(largest, color=MUTED, linewidth=0.8, linestyle=(0, (2, 2)))
+    where = {"xycoords": ("data", "axes fraction"), "va": "top", "color": MUTED, "fontsize": 8.5}
+    axes.annotate(" extrapolation →", (largest, 1), **where)
+
+
+def _loss(fit, N, D_m):
+    u_Fm = np.log([np.full(len(D_m), float(N)), D_m]) - fit.centre[:, None]
+    return fit.form.loss(fit.theta[None], u_Fm)[0][0]
+
+
+def _draw_frontier(axes, fit, cost, C_m):
+    targets = {"C": C_m}
+    if cost is not None:
+        targets["N"], targets["D"], _ = allocation.frontier(fit, C_m, cost)
+        usable_m = np.isfinite(targets["N"]) & (targets["N"] > 0)
+        targets = {name: value_m[usable_m] for name, value_m in targets.items()}
+    made = prediction.predict(fit, targets)
+    ends = made.widened(back_test(fit).discrepancy)
+    scaled = np.exp if fit.residual == "log" else np.asarray
     for level, alpha in ((0.95, 0.13), (0.8, 0.2)):
-        axes.fill_between(
-            budgets,
-            [q.intervals[level][0] for q in made],
-            [q.intervals[level][1] for q in made],
-            color=LAW_COLOUR,
-            alpha=alpha,
-            linewidth=0,
-            label=f"{level:.0%} interval of one run",
-        )
-    axes.plot(
-        budgets, [q.value for q in made], color=LAW_COLOUR, linewidth=1.8, label="compute-optimal frontier of the law"
-    )
+        low_m, high_m = (scaled(made.value_m + end_m) for end_m in ends[level])
+        said = f"{level:.0%} interval of one run"
+        axes.fill_between(targets["C"], low_m, high_m, color=LAW_COLOUR, alpha=alpha, linewidth=0, label=said)
+    said = "the law" if cost is None else "compute-optimal frontier of the law"
+    axes.plot(targets["C"], scaled(made.value_m), color=LAW_COLOUR, linewidth=1.8, label=said)
 
 
 def residuals(fit: Fit) -> Any:
-    """Observed over predicted loss against N, D and D/N: structure here is what the law misses."""
-    percent = 100 * np.expm1(fit.residuals())
-    colours = _size_colours(p["N"] for p in fit.points)
-    panels = (
-        ("parameters N", lambda p: p["N"]),
-        ("tokens D", lambda p: p["D"]),
-        ("tokens per parameter D/N", lambda p: p["D"] / p["N"]),
-    )
-    with _style():
-        figure, all_axes = _figure(8.6, 2.7, columns=len(panels))
-        for axes, (label, value) in zip(all_axes, panels, strict=True):
-            band = 100 * fit.residual_rms()
-            axes.axhspan(-band, band, color=LAW_COLOUR, alpha=0.1, linewidth=0)
+    """Observed minus predicted loss along every input and C: structure is what the law misses. Outliers ringed."""
+    residual_n = fit.residuals()
+    shown_n = 100 * np.expm1(residual_n) if fit.residual == "log" else residual_n
+    rms = (100 if fit.residual == "log" else 1) * fit.residual_rms()
+    flagged_n = np.abs(diagnose.robust_z(residual_n)) > diagnose.OUTLIER
+    panels = _panels(fit)
+    colours = drawing.ramp(p["N"] for p in fit.points if p["N"] is not None)
+    with drawing.style():
+        figure, all_axes = drawing.new_figure(8.6, 2.7, columns=len(panels))
+        for axes, (label, x_n) in zip(all_axes, panels, strict=True):
+            axes.axhspan(-rms, rms, color=LAW_COLOUR, alpha=0.1, linewidth=0)
             axes.axhline(0, color=LAW_COLOUR, linewidth=1)
-            axes.scatter(
-                [value(p) for p in fit.points],
-                percent,
-                color=[colours[p["N"]] for p in fit.points],
-                s=26,
-                edgecolor="white",
-                linewidth=0.6,
-                zorder=3,
-            )
+            face = [colours.get(p["N"], MUTED) for p in fit.points]
+            axes.scatter(x_n, shown_n, color=face, s=24, edgecolor="white", linewidth=0.6, zorder=3)
+            ring = {"facecolor": "none", "edgecolor": LAW_COLOUR, "linewidth": 1.1, "zorder": 4}
+            axes.scatter(x_n[flagged_n], shown_n[flagged_n], s=60, **ring)
             axes.set(xscale="log", xlabel=label)
-            _plain_ticks(axes)
-        all_axes[0].set_ylabel("observed − predicted loss (%)")
+            (drawing.flops_ticks if label.endswith("(FLOPs)") else drawing.count_ticks)(axes.xaxis)
+        all_axes[0].set_ylabel("observed − predicted loss" + (" (%)" if fit.residual == "log" else ""), color=INK)
         for axes in all_axes[1:]:
             axes.sharey(all_axes[0])
             axes.tick_params(labelleft=False)
     return figure
 
 
-def _plain_ticks(axes):
-    """Counts as 100k, 1M on a logarithmic axis; less than two decades get a tick at 1, 2 and 5."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high < 30 * low else (1, 3) if high < 300 * low else (1,))
-    )
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show.count(value)))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-
-
-def svg(figure: Any) -> str:
-    """The figure as SVG text, equal for equal figures (no date, fixed ids)."""
-    buffer = io.StringIO()
-    with _style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
-
-
-def save(figure: Any, path: str | Path) -> str:
-    """Write the figure at `path` with suffixes .svg and .pdf; returns the SVG text."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = svg(figure)
-    path.with_suffix(".svg").write_text(text)
-    with _style():
-        figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    return text
-
-
-def _finite(value):
-    return value is not None and math.isfinite(value)
+def _panels(fit):
+    """(label, values [n]) of N, D, C and D/N as far as all points have them, and of the law's further inputs."""
+    labels = {"N": "parameters N", "D": "tokens D", "C": "training compute C (FLOPs)"}
+    found = {name: np.array([p[name] for p in fit.points], float) for name in (*labels, *fit.form.inputs)
+             if all(p[name] is not None for p in fit.points)}  # fmt: skip
+    panels = [(labels.get(name, name), value_n) for name, value_n in found.items()]
+    if fit.form.inputs == ("N", "D"):
+        panels.append(("tokens per parameter D/N", found["D"] / found["N"]))
+    return panels

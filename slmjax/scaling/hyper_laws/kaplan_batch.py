@@ -1,0 +1,10 @@
+"""Kaplan et al.: the critical batch, where steps and tokens are traded evenly, against loss."""
+
+from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+
+law = HyperLaw(
+    name="kaplan_batch",
+    outputs={"batch": PowerProduct("tokens", 2e8, {"L": -4.76})},
+    source="Kaplan et al. 2020 (arXiv 2001.08361), section 5.1",
+    setting="L on WebText2 with its tokenizer",
+)
