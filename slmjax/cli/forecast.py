@@ -1,12 +1,10 @@
 """slmjax forecast FIT.json --flops=1e21 ...  |  --params=1e9 --tokens=2e10  |  --loss=2.1
 slmjax forecast FIT.json --flops=1e21 --suggest=6 --budget=1e20 [--sizes=1e8,3e8] [--schedule=wsd]
-slmjax forecast FIT.json --compare
 
 The compute-optimal parameters and tokens at a budget, the loss of a given model, or the budget that a loss takes, with
 intervals and the back-test that stands behind them. Several budgets may be given: --flops=1e20,1e21. --trade adds what
 smaller and larger models than the optimum cost. --suggest=K names the next K runs, for at most --budget FLOPs, that
-shrink the interval of the loss most, and says when more runs stop paying. --compare scores other forms of law on the
-fit's own runs, by extrapolation to its largest.
+shrink the interval of the loss most, and says when more runs stop paying.
 """
 
 import json
@@ -19,8 +17,6 @@ from absl.flags import FlagValues
 from slmjax.cli import options
 from slmjax.config import ConfigError
 from slmjax.scaling import forecast, planner
-from slmjax.scaling.backtest import points_of
-from slmjax.scaling.choose import choose
 from slmjax.scaling.fit import Fit
 
 
@@ -36,7 +32,6 @@ def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_string("cost", "6ND", f"how N and D spend FLOPs: {', '.join(forecast.COSTS)}",
                              flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_boolean("trade", False, "what other sizes than the optimum cost", flag_values=flag_values)
-    absl_flags.DEFINE_boolean("compare", False, "score all forms by extrapolation", flag_values=flag_values)
     absl_flags.DEFINE_integer("suggest", None, "propose so many next runs", flag_values=flag_values)
     number("budget", "FLOPs for the proposed runs together")
     absl_flags.DEFINE_list("sizes", None, "N that the proposed runs may have", flag_values=flag_values)
@@ -51,8 +46,6 @@ def run(flags: FlagValues, args: list[str]) -> int:
         raise ConfigError(f"forecast takes one fit (slmjax fit --json=FILE writes it), not {len(args)}")
     _require_one_question(flags)
     fitted = _read(Path(args[0]))
-    if flags.compare:
-        return _compare(fitted, flags.json)
     if flags.suggest is not None:
         return _suggest(fitted, flags)
     if flags.params is not None:
@@ -77,26 +70,17 @@ def run(flags: FlagValues, args: list[str]) -> int:
 
 def _require_one_question(flags):
     by_model = flags.params is not None or flags.tokens is not None
-    asked = [by_model, flags.flops is not None, flags.loss is not None, flags.compare]
+    asked = [by_model, flags.flops is not None, flags.loss is not None]
     if sum(asked) != 1 or (by_model and None in (flags.params, flags.tokens)):
-        raise ConfigError("forecast needs one of --flops, --loss, --compare, or both --params and --tokens")
+        raise ConfigError("forecast needs one of --flops, --loss, or both --params and --tokens")
     if (flags.suggest is None) != (flags.budget is None):
         raise ConfigError("--suggest=K and --budget=FLOPs go together: how many runs, and for how much at most")
     if flags.suggest is not None and (flags.flops is None or len(flags.flops) != 1):
         raise ConfigError("--suggest needs one --flops: the budget whose forecast is to be sharpened")
     if flags.suggest is None and flags.sizes is not None:
         raise ConfigError("--sizes belongs to --suggest")
-    if flags.trade and (by_model or flags.compare):
+    if flags.trade and by_model:
         raise ConfigError("--trade starts from an optimum: give --flops or --loss")
-
-
-def _compare(fitted: Fit, as_json: bool) -> int:
-    made = choose(points_of(fitted, fitted.points), delta=fitted.delta, seed=fitted.seed)
-    if as_json:
-        options.print_json(made.to_dict())
-    else:
-        print(made.table(), end="")
-    return 0
 
 
 def _suggest(fitted: Fit, flags: FlagValues) -> int:
