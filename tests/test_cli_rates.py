@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from slmjax.cli import main
-from slmjax.scaling import hyper_laws, multi_power
-from slmjax.scaling.decay_share import decayed
+from slmjax.scaling.curves import multi_power
+from slmjax.scaling.curves.decay_share import decayed
+from slmjax.scaling.rates import hyper_laws
 
 
 def write(path, header, rows):

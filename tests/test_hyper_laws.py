@@ -6,10 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from slmjax.scaling import hyper_fit, hyper_laws, leverage, moe_cost
-from slmjax.scaling.batch_size import Tradeoff, fit_batch_law, fit_tradeoff
-from slmjax.scaling.hyper_fit import HyperFit, fit_sweep, load_sweep, read_optimum
-from slmjax.scaling.hyper_laws import deepseek, load_hyper_law, power_lines
+from slmjax.scaling import leverage, moe_cost
+from slmjax.scaling.rates import hyper_fit, hyper_laws
+from slmjax.scaling.rates.batch_size import Tradeoff, fit_batch_law, fit_tradeoff
+from slmjax.scaling.rates.hyper_fit import HyperFit, fit_sweep, load_sweep, read_optimum
+from slmjax.scaling.rates.hyper_laws import deepseek, load_hyper_law, power_lines
 from slmjax.scaling.verify import hyper_laws as verify_hyper_laws
 from slmjax.scaling.verify import step_law as verify_step_law
 from slmjax.scaling.verify import unit_rows
@@ -50,7 +51,7 @@ def test_every_law_is_found_and_states_its_source():
 def test_a_fork_adds_a_law_as_one_file(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "lr.py").write_text(
-        "from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct\n"
+        "from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct\n"
         "law = HyperLaw('mine.lr', {'lr': PowerProduct('', 2.0, {'N': -1.0})}, 'arXiv none', 'any')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -8,10 +8,10 @@ from html.parser import HTMLParser
 import pytest
 from planted_study import planted_loss, write_study
 
-from slmjax.scaling import curve_plots, forecast, show
+from slmjax.scaling import forecast, show
 from slmjax.scaling.fit import Fit
 from slmjax.scaling.points import load_points, load_runs
-from slmjax.scaling.report import write_report
+from slmjax.scaling.report import curve_plots, write_report
 
 
 class Page(HTMLParser):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from test_report import Page
 
-from slmjax.scaling import allocation, drawing, evidence, plots, sources
+from slmjax.scaling import allocation
 from slmjax.scaling.fit import fit
 from slmjax.scaling.points import Excluded, Point, PointSet, load_points
-from slmjax.scaling.report import write_fit_report
+from slmjax.scaling.report import drawing, evidence, plots, sources, write_fit_report
 
 SECTIONS = (
     "Compute-optimal sizes",

@@ -5,10 +5,10 @@ import csv
 import numpy as np
 import pytest
 
-from slmjax.scaling import multi_power, schedule_curves
-from slmjax.scaling.curve_tables import Curve, load_curves
-from slmjax.scaling.decay_share import best_decay, decayed
-from slmjax.scaling.schedule_curves import ScheduleFit, fit_curves, leave_one_out, score
+from slmjax.scaling.curves import multi_power, schedule_curves
+from slmjax.scaling.curves.curve_tables import Curve, load_curves
+from slmjax.scaling.curves.decay_share import best_decay, decayed
+from slmjax.scaling.curves.schedule_curves import ScheduleFit, fit_curves, leave_one_out, score
 from slmjax.scaling.verify import multi_power as verify_multi_power
 
 PEAK, WARMUP, T = 1e-3, 100, 2000

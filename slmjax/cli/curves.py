@@ -11,7 +11,8 @@ from absl.flags import FlagValues
 
 from slmjax.cli import options
 from slmjax.config import ConfigError
-from slmjax.scaling import curve_tables, decay_share, schedule_curves, show
+from slmjax.scaling import show
+from slmjax.scaling.curves import curve_tables, decay_share, schedule_curves
 
 
 def define(flag_values: FlagValues) -> None:

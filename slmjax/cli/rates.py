@@ -11,7 +11,8 @@ from absl.flags import FlagValues
 
 from slmjax.cli import options
 from slmjax.config import ConfigError
-from slmjax.scaling import hyper_fit, hyper_laws, show
+from slmjax.scaling import show
+from slmjax.scaling.rates import hyper_fit, hyper_laws
 
 INPUTS = {"params": "N", "tokens": "D", "flops": "C", "loss": "L", "experts": "E"}
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from slmjax.scaling.hyper_laws import load_hyper_law
+from slmjax.scaling.rates.hyper_laws import load_hyper_law
 from slmjax.scaling.verify import Check
 
 # law, inputs, output, printed value, relative tolerance

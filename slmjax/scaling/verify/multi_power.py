@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from slmjax.scaling import multi_power
-from slmjax.scaling.curve_tables import Curve, load_curves
-from slmjax.scaling.decay_share import best_decay
-from slmjax.scaling.schedule_curves import ScheduleFit, Score, fit_curves
+from slmjax.scaling.curves import multi_power
+from slmjax.scaling.curves.curve_tables import Curve, load_curves
+from slmjax.scaling.curves.decay_share import best_decay
+from slmjax.scaling.curves.schedule_curves import ScheduleFit, Score, fit_curves
 from slmjax.scaling.verify import Check
 
 TABLE = "lr_schedule_curves_25m_100m.csv"

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from slmjax.scaling import hyper_fit
-from slmjax.scaling.hyper_laws import step_law
+from slmjax.scaling.rates import hyper_fit
+from slmjax.scaling.rates.hyper_laws import step_law
 from slmjax.scaling.verify import Check
 
 TABLE = "steplaw_dense.csv"

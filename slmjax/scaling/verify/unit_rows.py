@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from slmjax.scaling import leverage, moe_cost
-from slmjax.scaling.hyper_laws import deepseek, load_hyper_law
 from slmjax.scaling.laws import data_constrained, load_law
+from slmjax.scaling.rates.hyper_laws import deepseek, load_hyper_law
 from slmjax.scaling.verify import Check
 
 SOURCES: dict[str, list[tuple[str, dict[str, float], float]]] = {

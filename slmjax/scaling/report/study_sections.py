@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 
 from slmjax.scaling import show
-from slmjax.scaling.page import escape, folded, table
-from slmjax.scaling.sections import framed
+from slmjax.scaling.report.page import escape, folded, table
+from slmjax.scaling.report.sections import framed
 
 
 def header(name, runs, point_set):

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from slmjax import records
-from slmjax.scaling import (
+from slmjax.scaling.fit import Fit, fit
+from slmjax.scaling.points import PointSet, load_points, load_runs
+from slmjax.scaling.report import (
     curve_plots,
     drawing,
     evidence_plots,
@@ -25,11 +27,9 @@ from slmjax.scaling import (
     sources,
     study_sections,
 )
-from slmjax.scaling import evidence as evidences
-from slmjax.scaling.evidence import Evidence, Refusal
-from slmjax.scaling.fit import Fit, fit
-from slmjax.scaling.page import page
-from slmjax.scaling.points import PointSet, load_points, load_runs
+from slmjax.scaling.report import evidence as evidences
+from slmjax.scaling.report.evidence import Evidence, Refusal
+from slmjax.scaling.report.page import page
 
 LAW_OF_C = "Every run and the law; shaded: what one run will show."
 FRONTIER = (

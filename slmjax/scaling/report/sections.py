@@ -7,9 +7,9 @@ import math
 import re
 
 from slmjax.scaling import show
-from slmjax.scaling.evidence import Evidence, Refusal, shown
-from slmjax.scaling.page import bullets, escape, folded, key_figures, picture, table
-from slmjax.scaling.sources import Known
+from slmjax.scaling.report.evidence import Evidence, Refusal, shown
+from slmjax.scaling.report.page import bullets, escape, folded, key_figures, picture, table
+from slmjax.scaling.report.sources import Known
 
 LEVELS = (0.8, 0.95)
 MOST_CORRELATED = 9  # parameters; a wider matrix is not read

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slmjax.scaling import show
-from slmjax.scaling.hyper_laws import beyond
+from slmjax.scaling.rates.hyper_laws import beyond
 
 FORMAT = "slmjax-hyper-fit-1"
 COLUMNS = ("N", "D", "lr", "batch", "loss")

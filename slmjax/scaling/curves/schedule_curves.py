@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slmjax.scaling import multi_power, show
-from slmjax.scaling.curve_tables import Curve
+from slmjax.scaling import show
+from slmjax.scaling.curves import multi_power
+from slmjax.scaling.curves.curve_tables import Curve
 from slmjax.scaling.laws._projection import best_cells
 from slmjax.scaling.minimise import minimise
 

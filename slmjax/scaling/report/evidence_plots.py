@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.scaling import allocation, backtest, drawing
+from slmjax.scaling import allocation, backtest
 from slmjax.scaling.allocation import Cost
 from slmjax.scaling.backtest import BackTest, Cut
 from slmjax.scaling.choose import Choice
-from slmjax.scaling.drawing import INK, LAW_COLOUR, MUTED
 from slmjax.scaling.fit import Fit
 from slmjax.scaling.isoflop import IsoFlop
+from slmjax.scaling.report import drawing
+from slmjax.scaling.report.drawing import INK, LAW_COLOUR, MUTED
 
 
 def isoflop(found: IsoFlop, fit: Fit | None = None, cost: Cost | None = None) -> Any:

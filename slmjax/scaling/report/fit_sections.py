@@ -6,9 +6,9 @@ from importlib import metadata
 import numpy as np
 
 from slmjax.scaling import backtest, diagnose, show
-from slmjax.scaling.evidence import Evidence
-from slmjax.scaling.page import escape, folded, table
-from slmjax.scaling.sources import Source
+from slmjax.scaling.report.evidence import Evidence
+from slmjax.scaling.report.page import escape, folded, table
+from slmjax.scaling.report.sources import Source
 
 UNKNOWN = "not said"
 

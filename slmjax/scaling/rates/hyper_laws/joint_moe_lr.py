@@ -2,7 +2,7 @@
 
 import math
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 law = HyperLaw(
     name="joint_moe_lr",

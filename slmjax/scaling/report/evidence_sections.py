@@ -6,9 +6,9 @@ Each section takes `Evidence` and, where it shows one, its figure; one that cann
 import math
 
 from slmjax.scaling import show
-from slmjax.scaling.evidence import Evidence, Refusal
-from slmjax.scaling.page import escape, folded, picture, table
-from slmjax.scaling.sections import LEVELS, refused, sentence
+from slmjax.scaling.report.evidence import Evidence, Refusal
+from slmjax.scaling.report.page import escape, folded, picture, table
+from slmjax.scaling.report.sections import LEVELS, refused, sentence
 
 NUM_INFLUENTIAL = 8
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slmjax.scaling import show
-from slmjax.scaling.schedule_curves import ScheduleFit
+from slmjax.scaling.curves.schedule_curves import ScheduleFit
 
 SHARES = (0.025, 0.05, 0.1, 1 / 6, 0.2, 0.3)
 # Multiple of the peak at fraction x of the decay, which ends at `end`; as in `slmjax.schedules`, which stands higher.

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.scaling import allocation, diagnose, drawing, prediction
+from slmjax.scaling import allocation, diagnose, prediction
 from slmjax.scaling.allocation import Cost
 from slmjax.scaling.backtest import back_test
-from slmjax.scaling.drawing import INK, LAW_COLOUR, MUTED
 from slmjax.scaling.fit import Fit
 from slmjax.scaling.forecast import Forecast
 from slmjax.scaling.points import PointSet
+from slmjax.scaling.report import drawing
+from slmjax.scaling.report.drawing import INK, LAW_COLOUR, MUTED
 
 MOST_LINES = 12  # sizes that get a line of their own; more would hide the runs
 NUM_CONTOURS = 9  # over the lower half of the plane

@@ -1,6 +1,6 @@
 """MiniCPM: the batch that reaches a loss with the fewest tokens."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 law = HyperLaw(
     name="minicpm_batch",

@@ -1,6 +1,6 @@
 """Step Law: learning rate against size and tokens, batch against tokens."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 # 95% intervals of the exponents over the source's 1,000 resamples.
 EXPONENT_INTERVALS = {"lr_N": (-0.774, -0.655), "lr_D": (0.271, 0.345), "batch_D": (0.534, 0.606)}

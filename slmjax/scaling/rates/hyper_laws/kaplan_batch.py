@@ -1,6 +1,6 @@
 """Kaplan et al.: the critical batch, where steps and tokens are traded evenly, against loss."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 law = HyperLaw(
     name="kaplan_batch",

@@ -1,6 +1,6 @@
 """DeepSeek LLM: learning rate and batch against compute, and how that source counts compute."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 
 def non_embedding_flops_per_token(num_layers: int, width: int, seq_len: int) -> int:

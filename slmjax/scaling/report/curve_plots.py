@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.scaling import drawing
 from slmjax.scaling.points import Run
+from slmjax.scaling.report import drawing
 
 
 def loss_curves(runs: Sequence[Run], n: str = "non_embedding") -> Any:

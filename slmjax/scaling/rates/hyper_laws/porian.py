@@ -1,6 +1,6 @@
 """Porian et al.: learning rate and batch tuned at each size, with Chinchilla's tokens."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 law = HyperLaw(
     name="porian",

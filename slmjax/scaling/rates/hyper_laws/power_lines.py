@@ -1,6 +1,6 @@
 """Power Lines: AdamW's memory as a share of the run, tau = B / (lr weight_decay D), against tokens per parameter."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 
 def weight_decay(tau: float, batch: float, lr: float, tokens: float) -> float:

@@ -1,6 +1,6 @@
 """Ling: learning rate, batch and split of compute for mixture-of-experts models under WSD."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 law = HyperLaw(
     name="ling",

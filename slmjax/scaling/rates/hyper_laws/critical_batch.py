@@ -1,7 +1,7 @@
 """Zhang et al.: the largest batch with at most a fifth more steps than linear scaling would need; it follows the
 tokens, not the size."""
 
-from slmjax.scaling.hyper_laws import HyperLaw, PowerProduct
+from slmjax.scaling.rates.hyper_laws import HyperLaw, PowerProduct
 
 law = HyperLaw(
     name="critical_batch",

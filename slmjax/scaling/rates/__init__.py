@@ -1,0 +1,1 @@
+"""Learning rate and batch size: published laws, and laws estimated from a sweep."""
