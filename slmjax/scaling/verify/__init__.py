@@ -5,6 +5,7 @@ module) or is None, when only what needs no table is computed. No registry: a ne
 """
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ class Check(NamedTuple):
 
     `published` is what the source prints, `measured` what an independent computation on the same data found (None where
     there is none). It holds when ours is within `tolerance` of the reference that `against` names (at most `reference +
-    tolerance` when `at_most`).
+    tolerance` when `at_most`). With tolerance inf it is only shown: nothing is claimed, so nothing holds or fails.
     """
 
     source: str
@@ -29,6 +30,10 @@ class Check(NamedTuple):
     tolerance: float = 0.0
     against: str = "published"  # or "measured"
     at_most: bool = False
+
+    @property
+    def judged(self) -> bool:
+        return self.tolerance < math.inf
 
     @property
     def holds(self) -> bool:
@@ -57,8 +62,9 @@ def table(checks: list[Check]) -> str:
             text(check.published),
             text(check.measured),
             f"{'<= +' if check.at_most else '+-'}{check.tolerance:.3g} of {check.against}",
-            "holds" if check.holds else "FAILS",
+            ("holds" if check.holds else "FAILS") if check.judged else "shown",
         )
         for check in checks
     ]
-    return "\n".join([*show.columns(rows), "", f"{sum(check.holds for check in checks)} of {len(checks)} hold"]) + "\n"
+    judged = [check for check in checks if check.judged]
+    return "\n".join([*show.columns(rows), "", f"{sum(check.holds for check in judged)} of {len(judged)} hold"]) + "\n"
