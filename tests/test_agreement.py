@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from slmjax.scaling import allocation
 from slmjax.scaling.agreement import compare
 from slmjax.scaling.envelope import curves_of_points, envelope
 from slmjax.scaling.fit import fit
@@ -64,6 +65,20 @@ def test_parametric_exponent_is_beta_over_alpha_plus_beta(seed):
     draws = found.parameter_draws
     expected = draws["beta"] / (draws["alpha"] + draws["beta"])
     assert row.exponent_N.draws == pytest.approx(expected, rel=1e-6)
+
+
+def test_flops_are_those_of_the_runs_unless_told(seed):
+    """Runs that logged a head's FLOPs: the parametric optimum counts them as the other methods do, and says so."""
+    points = [p._replace(C=p.C * (1 + 2e4 * p.N**-0.6)) for p in planted(seed)]
+    found = fit(points, num_bootstrap=100)
+    other = envelope(curves_of_points(points), ends="keep")
+    for cost, rule in ((None, "logged"), ("logged", "logged"), ("6ND", "6ND")):
+        made = compare([found, other], 1e21, cost)
+        expected = allocation.make_cost(found, rule)
+        assert made.rows[0].N_at_largest.value == pytest.approx(allocation.best(found, 1e21, expected)[0], rel=1e-9)
+        assert f"parametric: {expected}; the other methods: the FLOPs of the runs" in made.table()
+    mixed = [p._replace(C=p.C * (1.1 if i % 2 else 0.9)) for i, p in enumerate(points)]
+    assert "parametric: C = 6 N D;" in compare([fit(mixed, num_bootstrap=100), other], 1e21).table()
 
 
 def test_disagreement_is_named_and_explained():

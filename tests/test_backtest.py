@@ -69,10 +69,10 @@ def test_coverage_on_planted_studies(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="nominal 80% held .865 of parameters and .863 of forecasts; 95% is within its band")
+@pytest.mark.xfail(reason="nominal 80% held .862 of forecasts on 400 other studies (seeds 101, 102); parameters .831")
 def test_coverage_on_two_hundred_planted_studies():
-    """At 80% both the bootstrap (a robust fit to some 40 runs) and the forecast (whose discrepancy is never negative,
-    also where the form is true) hold a little more than the band allows."""
+    """At 80% forecasts hold a little more than the band allows: one failed hidden run reads as an error of the form.
+    Estimators that bound its influence bring public sweeps, where forms do go wrong, below their band."""
     got = coverage(0, 200)
     print(got)
     for what, by_level in got.items():

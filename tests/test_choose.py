@@ -1,5 +1,6 @@
 """Choice of form: by what it says of hidden larger runs, never by its fit."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from test_fit import planted
 
 from slmjax.scaling import laws
-from slmjax.scaling.choose import choose, default_forms, hidden_errors, make_cuts
+from slmjax.scaling.choose import choose, default_forms, fit_chosen, hidden_errors, make_cuts
+from slmjax.scaling.fit import fit
 from slmjax.scaling.points import Point, load_points
 from slmjax.scaling.verify import selection
 
@@ -101,6 +103,26 @@ def test_what_cannot_be_scored_is_refused_or_listed():
 def test_default_forms_are_the_laws_of_N_and_D():
     assert {"chinchilla", "chinchilla_tied", "kaplan", "farseer"} <= set(default_forms())
     assert "power_law" not in default_forms() and "vocabulary" not in default_forms()
+
+
+def test_the_chosen_form_is_fitted_and_the_fit_says_by_which_margin(seed):
+    points = runs_of("kaplan", 0.0005, np.random.default_rng(seed))
+    found, made = fit_chosen(points, FORMS, seed=seed, num_bootstrap=100)
+    assert found.law == made.winner == choose(points, FORMS, seed=seed).winner
+    named = fit(points, made.winner, seed=seed, num_bootstrap=100)
+    told = dataclasses.replace(named, notes=[*named.notes, made.sentence()], choice=made.to_dict())
+    assert found.to_json() == told.to_json()
+    assert f"{made.scores[1].margin:.4f} less than {made.scores[1].law}" in found.table()
+    for options in ({"residual": "raw"}, {"fixed": {"E": 1.69}}):
+        with pytest.raises(ValueError, match="all parameters free"):
+            fit_chosen(points, FORMS, **options)
+
+
+def test_runs_without_flops_are_hidden_by_size_alone():
+    points = [p._replace(C=None) for p in planted(num_sizes=9, noise=0.004, rng=np.random.default_rng(5))]
+    assert {cut.by for cut in choose(points, FORMS).cuts} == {"N"}
+    with pytest.raises(ValueError, match="neither FLOPs nor N"):
+        choose([p._replace(N=None) for p in points], FORMS)
 
 
 def test_same_input_same_choice():

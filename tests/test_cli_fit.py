@@ -161,6 +161,20 @@ def test_same_input_same_bytes_and_the_command_that_makes_them(tmp_path, runs, c
     assert any("--drop_highest=1" in note for note in notes) and any("runs:1: a typo" in note for note in notes)
 
 
+def test_auto_fits_the_form_that_forecasts_best_and_keeps_winner_and_margin(tmp_path, capsys, seed):
+    rng = np.random.default_rng(seed)
+    cells = [(N, N * ratio) for N in np.geomspace(1e6, 1e9, 9) for ratio in (5, 10, 20, 40, 80)]
+    rows = [{"N": N, "D": D, "loss": planted_loss(N, D) * np.exp(rng.normal(0, 0.0005))} for N, D in cells]
+    source = write(tmp_path / "runs.csv", rows)
+    assert cli.main(["fit", str(source), "--form=auto", "--bootstrap=100", f"--json={tmp_path}/a.json"]) == 0
+    said, kept = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    (sentence,) = [note for note in kept["notes"] if note.startswith("chosen by held-out error: ")]
+    assert sentence.startswith(f"chosen by held-out error: {kept['law']}, ") and "less than" in sentence
+    assert sentence in said and "--form=auto" in said
+    assert cli.main(["fit", str(source), "--form=auto", "--fixed=E=1.5"]) == 2
+    assert "name a form" in capsys.readouterr().err
+
+
 def test_json_on_standard_output_is_json_alone(tmp_path, runs, capsys):
     source, flags = as_tracker(tmp_path, runs)
     assert cli.main(["fit", str(source), *flags, "--bootstrap=100", "--json=-"]) == 0

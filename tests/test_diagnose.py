@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from slmjax.scaling import allocation
 from slmjax.scaling.diagnose import OUTLIER, diagnose, robust_z
 from slmjax.scaling.fit import fit
 from slmjax.scaling.points import Point, load_points
@@ -141,6 +142,18 @@ def test_influence_is_the_fit_without_a_run(seed):
         assert shift * errors[name] == pytest.approx(
             without.parameters[name] - found.parameters[name], rel=1e-3, abs=1e-9
         )
+
+
+def test_the_optimum_watched_is_that_of_the_cost(seed):
+    """Runs that logged a head's FLOPs: N* moves as the rule in N says, and which rule is told."""
+    points = [p._replace(C=6 * p.N * p.D * (1 + 900 * p.N**-0.5)) for p in planted(np.random.default_rng(seed))]
+    found = fit(points, num_bootstrap=100)
+    for cost in ("6ND", "logged"):
+        made = diagnose(found, flops=1e20, cost=cost)
+        rule = allocation.make_cost(found, cost)
+        assert made.target == pytest.approx(allocation.best(found, 1e20, rule)[0], rel=1e-9)
+        assert f"N* is for {rule}" in made.table()
+    assert diagnose(found, flops=1e20).target != pytest.approx(made.target, rel=0.01)
 
 
 def test_more_levels_than_twelve_are_joined(seed):

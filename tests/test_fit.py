@@ -11,7 +11,7 @@ import pytest
 from slmjax.scaling import design, estimate, laws
 from slmjax.scaling.fit import Fit, fit
 from slmjax.scaling.minimise import minimise
-from slmjax.scaling.points import Point, PointSet
+from slmjax.scaling.points import Excluded, Point, PointSet
 
 TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 CHINCHILLA = Path(__file__).parents[2] / "shared" / "scaling_data" / "chinchilla_epoch.csv"
@@ -340,3 +340,17 @@ def test_importing_the_fitter_is_quick_and_needs_no_jax():
         for _ in range(2)
     )
     assert seconds < 0.5
+
+
+def test_a_fit_keeps_the_runs_it_left_out_with_their_reasons():
+    excluded = (Excluded("lost", "diverged", source="runs/lost"),)
+    made = Fit.from_json(fit(PointSet(tuple(planted()), excluded, ()), num_bootstrap=100).to_json())
+    assert made.left_out == [{"run_id": "lost", "reason": "diverged", "source": "runs/lost"}]
+
+
+def test_repeated_data_are_noted_where_the_law_does_not_know_of_them():
+    points = [p._replace(epochs=2.0) for p in planted(noise=0.001, rng=np.random.default_rng(0))]
+    note = "the law takes a repeated token for a new one"
+    assert note in fit(points, num_bootstrap=100).notes
+    known = [p._replace(inputs={"U": p.D / (1 + i % 3)}) for i, p in enumerate(points)]
+    assert note not in fit(known, "data_constrained", num_bootstrap=100).notes

@@ -53,6 +53,12 @@ def made(tmp_path_factory):
     return point_set, found, write_fit_report(point_set, found, folder / "page.html", "slmjax fit 'runs.csv' <x>")
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are made but not rendered, which is most of a page's cost: for tests that look at none."""
+    monkeypatch.setattr(drawing, "save", lambda figure, path: '<svg xmlns="http://www.w3.org/2000/svg"/>')
+
+
 def sections_of(html):
     """{title: HTML up to the next}."""
     return {part.split("</h2>")[0]: part.split("</h2>")[1] for part in html.split("<h2>")[1:]}
@@ -98,7 +104,9 @@ def test_same_input_same_bytes(made, tmp_path):
         assert (tmp_path / "figures" / figure.name).read_bytes() == figure.read_bytes(), figure.name
 
 
-def test_published_values_stand_beside_ours_only_for_the_bytes_and_the_runs_they_describe(made, monkeypatch, tmp_path):
+def test_published_values_stand_beside_ours_only_for_the_bytes_and_the_runs_they_describe(
+    made, monkeypatch, undrawn, tmp_path
+):
     point_set, found, path = made
     assert "Published (" not in path.read_text()
     digest = hashlib.sha256((path.parent / "runs.csv").read_bytes()).hexdigest()
@@ -152,7 +160,7 @@ def test_outliers_are_ringed(made):
 
 
 @pytest.mark.parametrize("law", ["power_law", "kaplan_size"])
-def test_what_a_law_cannot_show_is_said_in_its_place(law, made, tmp_path):
+def test_what_a_law_cannot_show_is_said_in_its_place(law, made, undrawn, tmp_path):
     point_set, _, _ = made
     (tmp_path / "figures").mkdir()
     stale = tmp_path / "figures" / "contours.svg"
@@ -165,7 +173,7 @@ def test_what_a_law_cannot_show_is_said_in_its_place(law, made, tmp_path):
     assert ("expect a held-out loss" in path.read_text()) == (law == "power_law")
 
 
-def test_a_floor_that_the_runs_do_not_bound_is_called_so_in_the_answer(tmp_path):
+def test_a_floor_that_the_runs_do_not_bound_is_called_so_in_the_answer(undrawn, tmp_path):
     points = load_points([write_table(tmp_path / "runs.csv", np.random.default_rng(2), num_budgets=4, E=0.0)])
     found = fit(points, num_bootstrap=100)
     assert "E" in found.weakly_identified()
@@ -174,7 +182,7 @@ def test_a_floor_that_the_runs_do_not_bound_is_called_so_in_the_answer(tmp_path)
     assert "Weakly identified: E" in answer and "unbounded" in sections_of(html)["The law"]
 
 
-def test_points_without_flops_or_files(tmp_path):
+def test_points_without_flops_or_files(undrawn, tmp_path):
     rng = np.random.default_rng(1)
     points = [
         Point(f"r{i}", N, N * ratio, None, 1.7 + 60 * N**-0.3 + 280 * (N * ratio) ** -0.34 + rng.normal(0, 1e-3))

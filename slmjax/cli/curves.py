@@ -3,7 +3,9 @@
 Fits the Multi-Power Law to whole loss curves: what a run loses under any learning-rate schedule, WSD included. The
 table has a row per logged step: schedule, step, lr, loss, and model when it holds several (--columns maps other names).
 --test leaves schedules out of the fit and says how well it predicts them: a better fit is not a better forecast.
---decay asks which share of a run of --steps steps its decay should take.
+--decay asks which share of a run of --steps steps its decay should take, and how sure that is.
+Few curves tell weakly how a change of the rate sets in: --response=shrunk draws it towards the published one, as far as
+curves left out are predicted better, and --response=published takes that.
 """
 
 from absl import flags as absl_flags
@@ -27,7 +29,7 @@ def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_list("test", [], "schedules to leave out of the fit and predict", flag_values=flag_values)
     integer("warmup", 0, "steps of linear warm-up before the first logged rate")
     string("between", "linear", f"the rate between logged steps: {', '.join(curve_tables.BETWEEN)}")
-    string("response", "fitted", "fitted, or published: how a change of rate sets in")
+    string("response", "fitted", f"how a change of rate sets in: {', '.join(schedule_curves.RESPONSES)}")
     integer("early_steps", None, "end the optimisation after so many steps")
     integer("bootstrap", 100, "resamples for the intervals")
     integer("seed", 0, "of the resamples")
@@ -51,8 +53,11 @@ def run(flags: FlagValues, args: list[str]) -> int:
         response=flags.response,
     )
     print(fitted.table())
+    alone = schedule_curves.leave_one_out(used, fitted)
+    if alone:
+        print(_scores("each predicted by the others", alone))
     if held_out:
-        print(_scores(fitted.scores(held_out)))
+        print(_scores("left out of the fit", fitted.scores(held_out)))
     if flags.decay:
         peak = flags.peak or max(float(curve.lr_T.max()) for curve in used)
         made = decay_share.best_decay(fitted, flags.steps, peak, flags.decay, warmup_steps=flags.warmup)
@@ -82,7 +87,7 @@ def _split(curves, test: list[str]):
     return [c for c in curves if c.name not in test], [c for c in curves if c.name in test]
 
 
-def _scores(scores: dict[str, schedule_curves.Score]) -> str:
-    rows = [("left out of the fit", "R2", "mean |error|", "rms error", "mean relative", "worst relative")]
+def _scores(what: str, scores: dict[str, schedule_curves.Score]) -> str:
+    rows = [(what, "R2", "mean |error|", "rms error", "mean relative", "worst relative")]
     rows += [(name, f"{s[0]:.4f}", *(f"{value:.5f}" for value in s[1:])) for name, s in scores.items()]
     return "\n".join(show.columns(rows)) + "\n"

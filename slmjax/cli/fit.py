@@ -7,6 +7,7 @@ a product of columns and numbers: N=params_m*1e6, D=step*batch_size*2048. loss a
 run_id, status, tokenizer, corpus, loss_kind; metric and value (a long table, one row per metric); any other name is an
 input of the law, as U=unique_tokens or E=num_experts. In a tracker's wide export, columns called "RUN - METRIC" are
 found by METRIC. run_id=file makes each file one run. Runs left out are listed with the reason.
+--form=auto fits the law of N and D that forecasts best the larger runs hidden from it; the fit says by which margin.
 --show adds tables: agreement (parametric, IsoFLOP and envelope side by side), choice (which form predicts larger runs
 that it has not seen), diagnosis (outliers, influence, each size left out), profile (profile likelihood), backtest.
 --json keeps the fit for slmjax forecast; --report writes a page with figures beside it.
@@ -26,12 +27,14 @@ from slmjax.config import ConfigError
 from slmjax.scaling import fit as fitting
 from slmjax.scaling import laws, points, report, verify
 
+AUTO = "auto"
+
 
 def define(flag_values: FlagValues) -> None:
     def string(name, default, text):
         absl_flags.DEFINE_string(name, default, text, flag_values=flag_values)
 
-    string("form", "chinchilla", f"the law: {', '.join(laws.names())}, or a dotted module that defines `law`")
+    string("form", "chinchilla", f"the law: {', '.join(laws.names())}; auto; or a dotted module that defines `law`")
     string(
         "n", None, f"what N counts: {', '.join(points.N_CONVENTIONS)}; a study's is non_embedding, a table's unknown"
     )
@@ -83,10 +86,7 @@ def run(flags: FlagValues, args: list[str]) -> int:
     if flags.report and len(args) == 1 and _is_study(args[0]):
         return _study_report(flags, args)
     point_set = _point_set(flags, args)
-    fitted = fitting.fit(
-        point_set, flags.form, flags.delta, flags.bootstrap, flags.seed,
-        residual=flags.residual, weights=flags.weights, resample=flags.resample, fixed=_fixed(flags.fixed),
-    )  # fmt: skip
+    fitted = _fit(flags, point_set)
     if flags.json == "-":
         print(fitted.to_json(), end="")
         print(_left_out(point_set.excluded), end="", file=sys.stderr)
@@ -102,6 +102,18 @@ def run(flags: FlagValues, args: list[str]) -> int:
     if flags.report:
         print(f"report: {report.write_fit_report(point_set, fitted, Path(flags.report), command(flags, args))}")
     return 0
+
+
+def _fit(flags: FlagValues, point_set: points.PointSet) -> fitting.Fit:
+    """The fit of the law that is named, or of the one chosen; its notes say by which margin."""
+    options = {"weights": flags.weights, "resample": flags.resample, "fixed": _fixed(flags.fixed)}
+    if flags.residual is not None:
+        options["residual"] = flags.residual
+    if flags.form != AUTO:
+        return fitting.fit(point_set, flags.form, flags.delta, flags.bootstrap, flags.seed, **options)
+    from slmjax.scaling.choose import fit_chosen
+
+    return fit_chosen(point_set, delta=flags.delta, seed=flags.seed, num_bootstrap=flags.bootstrap, **options)[0]
 
 
 # --- further tables: (points, fit) → text; what they need is imported when they are asked for ------------------------
@@ -181,7 +193,7 @@ def _point_set(flags: FlagValues, sources: list[str]) -> points.PointSet:
         join = (path, column)
     point_set = points.load_points(
         sources, options.column_map(flags.columns), flags.n, flags.flops, flags.rows, flags.where, join,
-        laws.load_law(flags.form).inputs,
+        ("N", "D") if flags.form == AUTO else laws.load_law(flags.form).inputs,
     )  # fmt: skip
     if flags.family:
         point_set = point_set.only(flags.family)

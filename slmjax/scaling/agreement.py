@@ -40,6 +40,7 @@ class Agreement:
 
     Attributes:
       flops: the largest budget of the runs.
+      cost: how the parametric fits count FLOPs; None without one. The other methods read the FLOPs of the runs.
       disagreements: pairs of methods whose 95% intervals do not overlap, with what they disagree on.
       reasons: what in the data or in a method may explain it.
     """
@@ -48,6 +49,7 @@ class Agreement:
     rows: tuple[Row, ...]
     disagreements: tuple[tuple[str, str, str], ...]
     reasons: tuple[str, ...]
+    cost: str | None = None
 
     @property
     def agree(self) -> bool:
@@ -70,16 +72,22 @@ class Agreement:
             for one, other, what in self.disagreements:
                 said.setdefault((one, other), []).append(what)
             lines += ["", *(f"{one} and {other} disagree on {'; '.join(what)}" for (one, other), what in said.items())]
+        if self.cost is not None:
+            lines.append(f"parametric: {self.cost}; the other methods: the FLOPs of the runs")
         heading = "worth knowing" if self.agree else "may explain it"
         return "\n".join(lines + [f"{heading}: {reason}" for reason in self.reasons]) + "\n"
 
 
-def compare(methods: Sequence[Fit | IsoFlop | Envelope], flops: float | None = None) -> Agreement:
+def compare(
+    methods: Sequence[Fit | IsoFlop | Envelope], flops: float | None = None, cost: str | None = None
+) -> Agreement:
     """Put fits of the same runs side by side.
 
     Args:
       methods: fits of a law of N and D, IsoFLOP fits and envelopes; at least two.
       flops: the budget to compare at; None is the largest C of the runs.
+      cost: how N and D spend FLOPs in a parametric fit, "6ND" or "logged"; None is as the runs logged them where a rule
+        in N says it, as the other methods read them, else 6ND. The table says which.
     """
     if len(methods) < 2:
         raise ValueError(f"{len(methods)} method has nothing to agree with; give at least two")
@@ -87,7 +95,8 @@ def compare(methods: Sequence[Fit | IsoFlop | Envelope], flops: float | None = N
         flops = max(map(_largest, methods))
     if not (math.isfinite(flops) and flops > 0):
         raise ValueError(f"flops={flops} must be a positive number")
-    rows = tuple(_row(method, flops) for method in methods)
+    rules = [_cost(method, cost) if isinstance(method, Fit) else None for method in methods]
+    rows = tuple(_row(method, flops, rule) for method, rule in zip(methods, rules, strict=True))
     what = {
         "exponent_N": "the exponent of N*",
         "N_at_largest": f"N* at {flops:.3g} FLOPs",
@@ -104,7 +113,8 @@ def compare(methods: Sequence[Fit | IsoFlop | Envelope], flops: float | None = N
     reasons = [reason for method in methods for reason in _reasons(method)]
     # What is wrong with the design shows in every reading of it: once is enough.
     reasons += [reason for reading in readings[:1] for reason in _design_reasons(reading)]
-    return Agreement(flops, rows, apart, tuple(reasons))
+    said = "; ".join(dict.fromkeys(str(rule) for rule in rules if rule is not None))
+    return Agreement(flops, rows, apart, tuple(reasons), said or None)
 
 
 def _overlap(one, other):
@@ -112,22 +122,33 @@ def _overlap(one, other):
     return low <= other_high and other_low <= high
 
 
+def _cost(fit, name):
+    if name is not None:
+        return allocation.make_cost(fit, name)
+    try:
+        return allocation.make_cost(fit, "logged")
+    except ValueError:  # no rule in N says what the runs logged
+        return allocation.Cost("6ND")
+
+
 def _largest(method):
     if isinstance(method, Fit):
+        if any(p["C"] is None for p in method.points):
+            raise ValueError("not all runs of the parametric fit have FLOPs; say at which budget to compare: flops=")
         return max(p["C"] for p in method.points)
     return max(o.C for o in method.optima) if isinstance(method, IsoFlop) else max(p["C"] for p in method.frontier)
 
 
-def _row(method, flops) -> Row:
+def _row(method, flops, cost) -> Row:
     if isinstance(method, Fit):
-        return _parametric(method, flops)
+        return _parametric(method, flops, cost)
     name = NAMES[method.method] if isinstance(method, IsoFlop) else f"envelope, {method.reading}"
     N, D = method.lines["N"], method.lines["D"]
     return Row(name, N.exponent, D.exponent, N.at(flops), N.at(10 * flops))
 
 
-def _parametric(fit, flops) -> Row:
-    cost, theta_KP = allocation.Cost("6ND"), np.concatenate([fit.theta[None], fit.draws])
+def _parametric(fit, flops, cost) -> Row:
+    theta_KP = np.concatenate([fit.theta[None], fit.draws])
     (N_K, D_K), (N10_K, D10_K) = (allocation.allocate(fit, theta_KP, C, cost) for C in (flops, 10 * flops))
     if not (0 < N_K[0] < math.inf and 0 < N10_K[0] < math.inf):
         raise ValueError(f"the fitted {fit.law} has no compute-optimal size at {flops:.3g} FLOPs: {fit.parameters}")

@@ -60,11 +60,13 @@ class BackTest:
       outcomes: one per cut that had lower cuts to learn from. A run hidden by several cuts counts once in each.
       discrepancy: learned from all cuts; what a forecast beyond all runs takes.
       refusal: why there is no outcome, or empty.
+      cuts: the forecasts themselves, of all cuts.
     """
 
     outcomes: tuple[Outcome, ...]
     discrepancy: Discrepancy
     refusal: str = ""
+    cuts: tuple[Cut, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @property
     def num_hidden(self) -> int:
@@ -153,7 +155,7 @@ def _back_test(fitted):
             f"{len(fitted.points)} runs allow {len(cuts)} compute cuts with enough runs below to fit the law, "
             f"and {LEAST_LESSONS + 1} are needed"
         )
-    return BackTest(tuple(outcomes), discrepancy or NO_DISCREPANCY, refusal)
+    return BackTest(tuple(outcomes), discrepancy or NO_DISCREPANCY, refusal, tuple(cuts))
 
 
 def hide(fitted: Fit, num_cuts: int = NUM_CUTS) -> list[Cut]:

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from slmjax.scaling import design, estimate, laws, show
+from slmjax.scaling import design, estimate, fit, laws, show
+from slmjax.scaling.fitted import Fit
 from slmjax.scaling.points import Point, PointSet
 
+AUTO = "auto"  # the form that is chosen, where a law may be named
+INPUTS = ("N", "D")  # of the forms that are compared unless some are named
 HIDE_BY = ("C", "N")
 # Of the runs, in order of C or N, that lie below a cut. The form is wanted for a fit to all runs: a cut that hides half
 # of them judges a fit to half, where forms of many parameters do worse than they will.
@@ -120,7 +123,7 @@ class Choice:
 def choose(
     points: PointSet | Sequence[Point],
     forms: Sequence[str] | None = None,
-    by: Sequence[str] = HIDE_BY,
+    by: Sequence[str] | None = None,
     delta: float = 1e-3,
     seed: int = 0,
 ) -> Choice:
@@ -129,7 +132,7 @@ def choose(
     Args:
       points: with N, D, C and loss.
       forms: names of laws of the same inputs; all laws of N and D when None.
-      by: what the cuts are made in: "C", "N" or "D".
+      by: what the cuts are made in: "C", "N" or "D"; None is C and N as far as all runs have them.
       seed: of the resampled runs that give the margins their intervals.
     Raises:
       ValueError: too few runs for a cut, or no form that can be fitted below every cut.
@@ -138,6 +141,12 @@ def choose(
     forms = default_forms() if forms is None else list(forms)
     if not forms:
         raise ValueError("forms: name at least one law to score")
+    if by is None:
+        by = [name for name in HIDE_BY if all(p.value(name) is not None for p in points)]
+        if not by:
+            raise ValueError(
+                "the runs have neither FLOPs nor N, so none can be hidden as larger; choose a form yourself"
+            )
     cuts, hidden_Gn = make_cuts(points, by, max(len(laws.load_law(name).parameters) for name in forms))
     error_LGn, in_sample, refused = {}, {}, {}
     for name in forms:
@@ -152,10 +161,32 @@ def choose(
     return _scored(cuts, hidden_Gn, {name: error_LGn[name] for name in kept}, in_sample, refused, same_as, points, seed)
 
 
+def fit_chosen(
+    points: PointSet | Sequence[Point],
+    forms: Sequence[str] | None = None,
+    delta: float = 1e-3,
+    seed: int = 0,
+    **options,
+) -> tuple[Fit, Choice]:
+    """The fit of the form that `choose` chooses, and the choice; the fit's notes say winner and margin.
+
+    Args:
+      options: as for `fit.fit`. Forms are compared with equal weights and all parameters free, whatever they say.
+    """
+    options.setdefault("residual", "log")
+    if options["residual"] != "log" or options.get("fixed"):
+        raise ValueError(
+            "forms are compared in log loss with all parameters free; name a form to hold any, or for raw loss"
+        )
+    choice = choose(points, forms, delta=delta, seed=seed)
+    found = fit.fit(points, choice.winner, delta, seed=seed, **options)
+    return dataclasses.replace(found, notes=[*found.notes, choice.sentence()], choice=choice.to_dict()), choice
+
+
 def default_forms() -> list[str]:
     """Every law of N and D here, those with fewer parameters first."""
     found = {name: laws.load_law(name) for name in laws.names()}
-    of_N_D = [name for name, law in found.items() if law.inputs == ("N", "D") and law.residual == "log"]
+    of_N_D = [name for name, law in found.items() if law.inputs == INPUTS and law.residual == "log"]
     return sorted(of_N_D, key=lambda name: (len(found[name].parameters), name))
 
 

@@ -3,6 +3,7 @@
 Letters: K resamples, n points, F inputs.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -56,12 +57,34 @@ def _require_variety(law, log_x_Fn):
                 f"the effect of {name} needs at least {needed}; add runs with other {name}"
             )
     if len(varied) > 1 and spread(log_x_Fn[varied], np.ones((1, log_x_Fn.shape[1])))[0] < MIN_SPREAD:
-        first, *others = (law.inputs[f] for f in varied)
-        other = " and ".join(others)
+        *others, last = bound = _bound([law.inputs[f] for f in varied], log_x_Fn[varied])
+        if not others:
+            ratio = math.exp(np.ptp(log_x_Fn[law.inputs.index(last)]))
+            raise ValueError(
+                f"degenerate design: {last} differs by no more than a factor {ratio:.3g} between the runs, too little "
+                f"beside the other inputs for its effect to be told; add runs with {last} further apart"
+            )
+        if len(bound) == 2:
+            first, other = bound
+            raise ValueError(
+                f"degenerate design: {other} follows {first} in all runs (one value of {other}/{first}^k), "
+                f"so their effects cannot be told apart; add runs with more or fewer {other} at the same {first}"
+            )
         raise ValueError(
-            f"degenerate design: {other} follows {first} in all runs (one value of {other}/{first}^k), "
-            f"so their effects cannot be told apart; add runs with more or fewer {other} at the same {first}"
+            f"degenerate design: {', '.join(others)} and {last} hang together in all runs (one product of powers of "
+            f"them), so their effects cannot be told apart; add runs that differ in one of them alone"
         )
+
+
+def _bound(names, log_x_Fn):
+    """The fewest inputs that make a design degenerate: one that hardly varies beside the others, or some on a line."""
+    std_F, weight_1n = log_x_Fn.std(axis=1), np.ones((1, log_x_Fn.shape[1]))
+    for size in range(1, len(names) + 1):
+        for chosen in itertools.combinations(range(len(names)), size):
+            narrow = std_F[chosen[0]] / std_F.max() if size == 1 else spread(log_x_Fn[list(chosen)], weight_1n)[0]
+            if narrow < MIN_SPREAD:
+                return [names[f] for f in chosen]
+    raise AssertionError("only a degenerate design is asked about")
 
 
 def _varied(law):

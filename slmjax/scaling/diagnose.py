@@ -116,13 +116,20 @@ class Diagnosis:
         return "\n".join(lines + [f"note: {note}" for note in self.notes]) + "\n"
 
 
-def diagnose(fit: Fit, by: str = "N", flops: float | None = None, at: Mapping[str, float] | None = None) -> Diagnosis:
+def diagnose(
+    fit: Fit,
+    by: str = "N",
+    flops: float | None = None,
+    at: Mapping[str, float] | None = None,
+    cost: str = "6ND",
+) -> Diagnosis:
     """Refit without each scale and without each run, and flag outliers.
 
     Args:
       by: the input whose levels are left out one at a time; more than twelve are joined into groups.
       flops: watch N* at this budget (laws of N and D), or
       at: watch the loss at these inputs. With neither, the loss at the largest value of every input.
+      cost: with flops, how N and D spend them: "6ND", or as the runs "logged" them.
     """
     if flops is not None and at is not None:
         raise ValueError("diagnose: give flops or at, not both: one number is watched")
@@ -137,9 +144,11 @@ def diagnose(fit: Fit, by: str = "N", flops: float | None = None, at: Mapping[st
     if missing:
         raise ValueError(f"at: {', '.join(missing)} missing; {fit.law} is a law of {', '.join(form.inputs)}")
 
+    rule = None if flops is None else allocation.make_cost(fit, cost)
+
     def target(theta_KP):
-        if flops is not None:
-            return allocation.allocate(fit, theta_KP, flops, allocation.Cost("6ND"))[0]
+        if rule is not None:
+            return allocation.allocate(fit, theta_KP, flops, rule)[0]
         u_F1 = (np.log([at[name] for name in form.inputs]) - fit.centre)[:, None]
         with np.errstate(all="ignore"):
             return form.loss(theta_KP, u_F1)[0][:, 0]
@@ -148,6 +157,8 @@ def diagnose(fit: Fit, by: str = "N", flops: float | None = None, at: Mapping[st
     scales, determined = _without_scales(fit, problem, by, target)
     influences = _influences(fit, problem, target)
     notes = [] if determined else ["a refit that is not determined lacks the variety of runs that the law needs"]
+    if rule is not None:
+        notes.append(f"N* is for {rule}")
     inputs = ", ".join(f"{name}={at[name]:.3g}" for name in form.inputs)
     said = f"N* at {flops:.3g}" if flops is not None else f"loss at {inputs}"
     full = float(target(fit.theta[None])[0])

@@ -75,11 +75,12 @@ def fit(
         seed=seed,
         starts=found.starts,
         bootstrap=bootstrap,
-        notes=[*point_set.notes, *_warnings(found.converged, bootstrap, Q)],
+        notes=[*point_set.notes, *_warnings(found.converged, bootstrap, Q), *_repeats(point_set.points, form)],
         residual=residual,
         weights=weights,
         resample=resample,
         fixed=fixed,
+        left_out=[{"run_id": r.run_id, "reason": r.reason, "source": r.source} for r in point_set.excluded],
     )
 
 
@@ -90,6 +91,11 @@ def _require_options(delta, num_bootstrap, residual):
         raise ValueError(f"num_bootstrap={num_bootstrap} is too few for a 95% interval; use at least {LEAST_BOOTSTRAP}")
     if residual not in estimate.RESIDUALS:
         raise ValueError(f"residual={residual!r} is not one of {', '.join(estimate.RESIDUALS)}")
+
+
+def _repeats(points, form):
+    if "U" not in form.inputs and any((p.epochs or 0) > 1 for p in points):
+        yield "the law takes a repeated token for a new one"
 
 
 def _warnings(converged, bootstrap, num_free):

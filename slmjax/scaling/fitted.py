@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from slmjax.scaling import design, laws, show
+from slmjax.scaling.bias_corrected import bias_corrected
 from slmjax.scaling.points import Point
 
-FORMAT = "slmjax-fit-2"
+FORMAT = "slmjax-fit-3"
 POINT_FIELDS = ("run_id", "N", "D", "C", "loss", "se", "epochs")
 NEARLY_ONE = 0.9  # correlations of parameters worth a word
 
@@ -33,6 +34,7 @@ class Fit:
       starts, bootstrap: what the optimiser did, as shown by `table`.
       residual: "log" or "raw", the scale of the loss in which residuals were taken.
       weights: "equal" or "se"; `resample`: what the bootstrap drew, "run" or "ladder"; `fixed`: parameters held.
+      left_out: run_id, reason and source of the runs that became no points; `choice`: how the form was chosen, if so.
     """
 
     law: str
@@ -51,6 +53,8 @@ class Fit:
     weights: str = "equal"
     resample: str = "run"
     fixed: dict[str, float] = dataclasses.field(default_factory=dict)
+    left_out: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    choice: dict[str, Any] | None = None
 
     @property
     def form(self) -> laws.Law:
@@ -79,11 +83,14 @@ class Fit:
             return {name: float(np.std(draw_K, ddof=1)) for name, draw_K in self.parameter_draws.items()}
 
     def intervals(self, level: float) -> dict[str, tuple[float, float]]:
-        """Percentile intervals at e.g. level=.95; an end is -inf or inf where the data do not bound the parameter."""
-        limits = self._limits()
+        """Bias-corrected percentile intervals at e.g. level=.95, which hold the estimate; an end is -inf or inf where
+        the data do not bound the parameter."""
+        limits, estimate_P = self._limits(), np.array(list(self.parameters.values()))
+        corrected_KP = bias_corrected(np.stack(list(self.parameter_draws.values()), axis=1), estimate_P)
+        low_P, high_P = np.quantile(corrected_KP, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
+        low_P, high_P = np.minimum(low_P, estimate_P), np.maximum(high_P, estimate_P)
         out = {}
-        for name, draw_K in self.parameter_draws.items():
-            low, high = np.quantile(draw_K, [(1 - level) / 2, (1 + level) / 2], method="nearest")
+        for name, low, high in zip(self.parameters, low_P, high_P, strict=True):
             out[name] = (
                 float(low) if low > limits[name][0] or name in self.fixed else -math.inf,
                 float(high) if high < limits[name][1] or name in self.fixed else math.inf,

@@ -1,9 +1,10 @@
 """Which runs to pay for next: those that shrink the interval of a forecast most per FLOP, and when none pays any more.
 
 The law is linearised at the estimate. A run at x adds information g g'/s^2, with g the gradient of log loss there and s
-the scatter of runs, so what it does to the variance at the target is known before it is trained (optimal design for
-one prediction, c-optimality). Two things a run can not or not so simply shrink are counted too: the scatter of the
-target run itself, and the form's own error, which only a larger run brings closer. Runs are picked one at a time.
+the scatter of runs of its compute, so what it does to the variance at the target is known before it is trained (optimal
+design for one prediction, c-optimality). Two things a run can not or not so simply shrink are counted too: the scatter
+of the target run itself, and the form's own error, which only a larger run brings closer. Runs are picked one at a
+time.
 
 Letters: P parameters, n fitted points, c candidates.
 """
@@ -19,12 +20,14 @@ from slmjax.scaling import show
 from slmjax.scaling.allocation import best, make_cost
 from slmjax.scaling.backtest import back_test
 from slmjax.scaling.fit import Fit
+from slmjax.scaling.prediction import LEAST_NEAR
 
 LEVEL = 0.95
 NORMAL_95 = 1.959964
 # Of the interval's width: a run that brings less than its share of this, by its FLOPs of the budget and as one of the
 # runs asked for, does not pay.
 LEAST_SHRINK = 0.05
+POWERS = (1.0, 0.5, 0.0)
 NUM_SIZES, NUM_RATIOS = 12, 8
 SCHEDULES = ("single", "wsd")
 DECAY_SHARE = 0.1  # of a WSD branch's tokens
@@ -137,21 +140,23 @@ def suggest(
     if not affordable:
         least = min((c.flops for c in candidates), default=math.nan)
         raise ValueError(f"budget={budget:.3g} FLOPs pays for none of the candidates; the cheapest takes {least:.3g}")
-    steps, verdict = _pick(model, affordable, num_runs, budget, schedule, decay_share)
+    steps, verdict = _pick(model, affordable, num_runs, budget, schedule, decay_share, LEAST_SHRINK)
     return Plan({"flops": float(flops), "N": N, "D": D}, tuple(steps), model.width(), model.floor(), verdict)
 
 
-def choose_runs(
-    fit: Fit, target: Candidate, candidates: Sequence[Candidate], num_runs: int, budget: float
-) -> list[Step]:
-    """The steps of `suggest` for the forecast of one given run, each candidate paying for itself."""
-    return _pick(Interval.of(fit, target), candidates, num_runs, budget, "single", DECAY_SHARE)[0]
+def spend(model: "Interval", candidates: Sequence[Candidate], budget: float) -> list[Step]:
+    """Runs for all of a budget, each paying for itself, in the order of worth: what to do with money that is there."""
+    if not candidates:
+        return []
+    return _pick(model, candidates, len(candidates), budget, "single", DECAY_SHARE, least_shrink=0.0)[0]
 
 
-def _pick(model, candidates, num_runs, budget, schedule, decay_share):
+def _pick(model, candidates, num_runs, budget, schedule, decay_share, least_shrink):
     # By worth per FLOP alone a large decisive run never comes; by worth alone the budget goes to one. The better of
-    # both is within a constant factor of the best set (Leskovec et al. 2007).
-    plans = [_greedy(model, candidates, num_runs, budget, schedule, decay_share, power) for power in (1.0, 0.0)]
+    # both is within a constant factor of the best set (Leskovec et al. 2007), and half-way between is often better yet.
+    plans = [
+        _greedy(model, candidates, num_runs, budget, schedule, decay_share, least_shrink, power) for power in POWERS
+    ]
     return min(plans, key=lambda plan: plan[0][-1].width if plan[0] else model.width())
 
 
@@ -181,6 +186,8 @@ class Interval:
     """The width of a forecast's interval as a function of runs not yet made.
 
     covariance_PP: of the coordinates, such that the law's variance at the target is that of the bootstrap draws.
+    inflation: of that variance over the linearised law's; a new run is worth as much less as the fitted ones were.
+    scatter: of a run at the target, as the fitted runs nearest in compute show it.
     largest: the largest fitted value of C and of the law's inputs, which a run may move.
     """
 
@@ -188,6 +195,7 @@ class Interval:
     target: Candidate
     covariance_PP: np.ndarray
     target_P: np.ndarray
+    inflation: float
     scatter: float
     largest: dict[str, float]
 
@@ -197,18 +205,17 @@ class Interval:
             raise ValueError(
                 f"{fit.law} is a law of {', '.join(fit.form.inputs)}; runs are planned for laws of N and D"
             )
-        points = [Candidate(p["N"], p["D"], p["C"]) for p in fit.points]
-        gradient_nP, target_P = gradients(fit, points), gradients(fit, [target])[0]
-        scatter = max(fit.residual_rms(), 1e-9)
-        normal_PP = gradient_nP.T @ gradient_nP / scatter**2
-        normal_PP += 1e-9 * np.trace(normal_PP) * np.eye(len(normal_PP))  # a term the runs do not see
-        covariance_PP = np.linalg.inv(normal_PP)
+        covariance_PP, target_P = _covariance(fit, fit.points), gradients(fit, [target])[0]
         # The bootstrap knows of outliers and of a form that does not fit; the linearised law takes its size from there.
-        linear = float(target_P @ covariance_PP @ target_P)
         drawn = _central_variance(fit, target)
-        largest = {name: max(p[name] for p in fit.points) for name in ("N", "D", "C")}
-        covariance_PP = covariance_PP * (drawn / linear if drawn > 0 else 1.0)
-        return cls(fit, target, covariance_PP, target_P, scatter, largest)
+        inflation = drawn / float(target_P @ covariance_PP @ target_P) if drawn > 0 else 1.0
+        nearby = float(scatter(fit, [target])[0])
+        return cls(fit, target, inflation * covariance_PP, target_P, inflation, nearby, _largest(fit.points))
+
+    def of_only(self, points: Sequence[dict]) -> "Interval":
+        """Had only these of the fitted runs been made, and all else been known as it is."""
+        covariance_PP = self.inflation * _covariance(self.fit, points)
+        return dataclasses.replace(self, covariance_PP=covariance_PP, largest=_largest(points))
 
     def width(self) -> float:
         """Of the 95% interval, in log loss."""
@@ -218,18 +225,18 @@ class Interval:
         """With the law known exactly, and no run larger than now."""
         return float(self._width(0.0, self.largest))
 
-    def widths_after(self, candidates: Sequence[Candidate], gradient_cP: np.ndarray) -> np.ndarray:
-        """Width [c] after each candidate alone (Sherman-Morrison)."""
-        along_c = gradient_cP @ self.covariance_PP @ self.target_P
-        own_c = np.einsum("cp,pq,cq->c", gradient_cP, self.covariance_PP, gradient_cP)
+    def widths_after(self, candidates: Sequence[Candidate], signal_cP: np.ndarray) -> np.ndarray:
+        """Width [c] after each candidate alone (Sherman-Morrison), given their `signals`."""
+        along_c = signal_cP @ self.covariance_PP @ self.target_P
+        own_c = np.einsum("cp,pq,cq->c", signal_cP, self.covariance_PP, signal_cP)
         now = float(self.target_P @ self.covariance_PP @ self.target_P)
-        variance_c = np.maximum(now - along_c**2 / (self.scatter**2 + own_c), 0.0)
+        variance_c = np.maximum(now - along_c**2 / (self.inflation + own_c), 0.0)
         largest = {name: np.maximum(value, _targets(candidates)[name]) for name, value in self.largest.items()}
         return self._width(variance_c, largest)
 
-    def after(self, candidate: Candidate, gradient_P: np.ndarray) -> "Interval":
-        along_P = self.covariance_PP @ gradient_P
-        covariance_PP = self.covariance_PP - np.outer(along_P, along_P) / (self.scatter**2 + gradient_P @ along_P)
+    def after(self, candidate: Candidate, signal_P: np.ndarray) -> "Interval":
+        along_P = self.covariance_PP @ signal_P
+        covariance_PP = self.covariance_PP - np.outer(along_P, along_P) / (self.inflation + signal_P @ along_P)
         largest = {name: max(value, float(_targets([candidate])[name][0])) for name, value in self.largest.items()}
         return dataclasses.replace(self, covariance_PP=covariance_PP, largest=largest)
 
@@ -247,6 +254,31 @@ def gradients(fit: Fit, at: Sequence[Candidate]) -> np.ndarray:
     return pullback(np.diag(1 / np.diag(loss_cc)))
 
 
+def signals(fit: Fit, at: Sequence[Candidate]) -> np.ndarray:
+    """Gradients [c, P] over the scatter of a run there: a run adds the outer product of its own to the information."""
+    return gradients(fit, at) / scatter(fit, at)[:, None]
+
+
+def scatter(fit: Fit, at: Sequence[Candidate]) -> np.ndarray:
+    """Of log loss about the law [c]: root mean square residual of the third of the fitted runs nearest in compute."""
+    n = len(fit.points)
+    residual_n = fit.residuals() * math.sqrt(n / max(n - fit.num_free, 1))
+    log_C_n, log_C_c = np.log([p["C"] for p in fit.points]), np.log(_targets(at)["C"])
+    near_ck = np.argsort(np.abs(log_C_c[:, None] - log_C_n), axis=1, kind="stable")[:, : max(LEAST_NEAR, n // 3)]
+    return np.maximum(np.sqrt((residual_n[near_ck] ** 2).mean(axis=1)), 1e-9)
+
+
+def _covariance(fit, points):
+    signal_nP = signals(fit, [Candidate(p["N"], p["D"], p["C"]) for p in points])
+    normal_PP = signal_nP.T @ signal_nP
+    normal_PP += 1e-9 * np.trace(normal_PP) * np.eye(len(normal_PP))  # a term the runs do not see
+    return np.linalg.inv(normal_PP)
+
+
+def _largest(points):
+    return {name: max(p[name] for p in points) for name in ("N", "D", "C")}
+
+
 def _targets(at):
     N_c, D_c, C_c = np.array([(c.N, c.D, c.flops) for c in at], float).T
     return {"N": N_c, "D": D_c, "C": C_c}
@@ -259,16 +291,16 @@ def _central_variance(fit, target):
     return float((high - low) / 2) ** 2
 
 
-def _greedy(model, candidates, num_runs, budget, schedule, decay_share, power):
+def _greedy(model, candidates, num_runs, budget, schedule, decay_share, least_shrink, power):
     """Steps and why they end. Each step has the largest shrink / FLOPs^power among the runs that pay."""
     steps: list[Step] = []
     left = list(candidates)
-    gradient_cP = gradients(model.fit, left)
+    signal_cP = signals(model.fit, left)
     spent, now = 0.0, model.width()
     while len(steps) < num_runs and left:
         flops_c = np.array([_extra_flops(steps, c, schedule, decay_share) for c in left])
-        shrink_c = 1 - model.widths_after(left, gradient_cP) / now
-        pays_c = shrink_c >= LEAST_SHRINK * np.maximum(flops_c / budget, 1 / num_runs)
+        shrink_c = 1 - model.widths_after(left, signal_cP) / now
+        pays_c = shrink_c >= least_shrink * np.maximum(flops_c / budget, 1 / num_runs)
         affordable_c = spent + flops_c <= budget
         if not pays_c.any():
             return steps, (
@@ -279,13 +311,13 @@ def _greedy(model, candidates, num_runs, budget, schedule, decay_share, power):
             return steps, f"the budget is spent: the {budget - spent:.3g} FLOPs left buy no run that pays"
         pick = int(np.argmax(np.where(pays_c & affordable_c, shrink_c / flops_c**power, -np.inf)))
         chosen = left.pop(pick)
-        model = model.after(chosen, gradient_cP[pick])
-        gradient_cP = np.delete(gradient_cP, pick, axis=0)
+        model = model.after(chosen, signal_cP[pick])
+        signal_cP = np.delete(signal_cP, pick, axis=0)
         spent, now = spent + float(flops_c[pick]), model.width()
         steps.append(Step(chosen.N, chosen.D, float(flops_c[pick]), now))
     if not left:
         return steps, "all candidates are taken"
-    more = float((1 - model.widths_after(left, gradient_cP) / now).max())
+    more = float((1 - model.widths_after(left, signal_cP) / now).max())
     return steps, f"these are the {num_runs} runs asked for; one more would shrink the interval by up to {more:.1%}"
 
 

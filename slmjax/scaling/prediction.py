@@ -1,8 +1,9 @@
 """What one new run will show under a fit: where the law lies, how runs scatter about it, and how it goes wrong far out.
 
-A prediction interval holds three things: the bootstrap draws of the law; the residuals of the runs nearest in compute,
-for small and large runs scatter differently; and the discrepancy of the form, whose size grows in proportion to the
-distance beyond the fitted runs. The last cannot be read off a fit: `backtest.py` learns it by hiding runs.
+A prediction interval holds three things: the bootstrap draws of the law, bias-corrected; the residuals of the runs
+nearest in compute, for small and large runs scatter differently; and the discrepancy of the form, whose size grows in
+proportion to the distance beyond the fitted runs. The last cannot be read off a fit: `backtest.py` learns it by hiding
+runs.
 
 Letters: K draws, n fitted points, m targets, J scatter nodes.
 """
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slmjax.scaling.bias_corrected import bias_corrected
 from slmjax.scaling.fitted import Fit
 
 LEVELS = (0.8, 0.95)
@@ -71,7 +73,7 @@ def predict(fit: Fit, targets: Targets) -> Prediction:
     with np.errstate(all="ignore"):
         value_m = _scaled(fit, form.loss(fit.theta[None], u_Fm)[0])[0]
         shift_Km = _scaled(fit, form.loss(fit.draws, u_Fm)[0]) - value_m
-    shift_Km = np.where(np.isnan(shift_Km), np.inf, shift_Km)
+    shift_Km = bias_corrected(np.where(np.isnan(shift_Km), np.inf, shift_Km), np.zeros(len(value_m)))
     scatter_mk = _scatter(fit, np.log(targets["C"]))
     node_Jm = np.quantile(scatter_mk, (np.arange(NUM_NODES) + 0.5) / NUM_NODES, axis=1)
     both_Xm = (shift_Km[:, None] + node_Jm[None]).reshape(-1, len(value_m))

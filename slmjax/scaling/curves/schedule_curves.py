@@ -7,7 +7,6 @@ Letters: K resamples, T steps of a run, n logged steps, P parameters.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -17,19 +16,14 @@ import numpy as np
 
 from slmjax.scaling import show
 from slmjax.scaling.curves import multi_power
+from slmjax.scaling.curves.curve_objective import HIGH_P, LOW_P, MAX_STEPS, POSITIVE, make_problem
 from slmjax.scaling.curves.curve_tables import Curve
-from slmjax.scaling.laws._projection import best_cells
-from slmjax.scaling.minimise import minimise
 
-FORMAT = "slmjax-schedule-fit-1"
-GROUP_WIDTH = 16
+FORMAT = "slmjax-schedule-fit-2"
 BLOCKS_PER_CURVE = 10
-POSITIVE = np.array([name not in ("alpha", "gamma") for name in multi_power.PARAMETERS])
-# Exponents past these ends are terms the curves do not show; the others are bounded by the data or by nothing.
-LOW_P = np.array([-np.inf, -np.inf, 0.01, np.log(1e-6), np.log(1e-6), np.log(0.01), -1.0])
-HIGH_P = np.array([np.inf, np.inf, 3.0, np.log(1e3), np.log(1e9), np.log(10.0), 3.0])
-# beta, C and gamma of the starts, in units of the peak rate and of the typical sum of rates
-SHAPES = tuple(itertools.product((0.3, 0.6, 1.2), (1.0, 10.0, 100.0, 1000.0), (0.3, 0.7)))
+DRAW_TOLERANCE = 1e-7  # of refits that stand for an uncertainty
+RESPONSES = ("fitted", "published", "shrunk")
+PULLS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4)  # of a shrunk response; the last all but holds it
 
 
 class Score(NamedTuple):
@@ -60,13 +54,16 @@ class ScheduleFit:
     Attributes:
       values: L0, A, alpha, B, C, beta, gamma in natural units (rates as given, steps as steps) [P]; `draws` [K, P].
       curves: the names of the fitted curves; objective: sum over their points of Huber_delta of log-loss residuals.
+      without: the values of the fit without each curve [P] by its name; None where the others determine no law.
       stop: "minimum", or "early" for an optimisation ended after `num_steps` steps, which is no minimum of anything.
       resample: what the bootstrap draws: "blocks" of consecutive points of each curve, or whole "curves".
-      response: whether C, beta and gamma were "fitted", or held at the "published" ones of the source's largest model.
+      response: whether C, beta and gamma were "fitted", held at the "published" ones of the source's largest model, or
+        "shrunk" towards those; pull: how strongly, see `curve_objective`.
     """
 
     values: np.ndarray
     draws: np.ndarray
+    without: dict[str, list[float] | None]
     curves: list[str]
     num_points: int
     objective: float
@@ -78,6 +75,7 @@ class ScheduleFit:
     num_agreeing: int
     resample: str
     response: str
+    pull: float | None = None
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -88,18 +86,19 @@ class ScheduleFit:
 
         The cost is steps times changes of the rate: a few seconds for every step of a cosine over 24,000.
         """
-        return self._loss(self.values, lr_T, steps_n)
+        return _loss(self.values, lr_T, steps_n)
 
     def predict_draws(self, lr_T: np.ndarray, steps_n: np.ndarray | None = None) -> np.ndarray:
         """The same under each bootstrap draw [K, n]."""
-        return np.stack([self._loss(values_P, lr_T, steps_n) for values_P in self.draws])
+        return np.stack([_loss(values_P, lr_T, steps_n) for values_P in self.draws])
 
-    def _loss(self, values_P, lr_T, steps_n):
-        lr_T = valid_rates(lr_T)
-        steps_n = np.arange(len(lr_T)) if steps_n is None else np.asarray(steps_n)
-        if len(steps_n) == 0 or steps_n.min() < 0 or steps_n.max() >= len(lr_T):
-            raise ValueError(f"steps must lie within 0 to {len(lr_T) - 1}, the steps of the schedule given")
-        return multi_power.loss(values_P, multi_power.knots(lr_T, steps_n))
+    def predict_without(self, lr_T: np.ndarray, steps_n: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """The same [n] by the fit without each curve, by its name, where the others determine one."""
+        return {
+            name: _loss(np.array(values_P), lr_T, steps_n)
+            for name, values_P in self.without.items()
+            if values_P is not None
+        }
 
     def scores(self, curves: Sequence[Curve]) -> dict[str, Score]:
         """The five metrics of each curve, by name."""
@@ -152,6 +151,11 @@ class ScheduleFit:
         ]
         if self.response == "published":
             lines.append("C, beta and gamma are not fitted but the published ones of 400M parameters")
+        if self.response == "shrunk":
+            lines.append(
+                "C, beta and gamma are shrunk towards the published ones of 400M parameters, with the pull that "
+                f"predicts best a curve left out, {self.pull:g}"
+            )
         lines += [f"weakly identified: {name}: {why}" for name, why in self.weakly_identified().items()]
         return "\n".join(lines) + "\n"
 
@@ -187,47 +191,30 @@ def fit_curves(
       early_steps: end every optimisation after so many steps. The fit then says that it is no minimum.
       resample: what a bootstrap draw is made of, see `ScheduleFit`. Neighbouring points of a curve err alike, so single
         points are never drawn.
-      response: "published" takes C, beta and gamma, which tell how a change of rate sets in, from the source: few
-        curves determine them weakly.
+      response: few curves determine weakly how a change of the rate sets in (C, beta, gamma). "published" takes it from
+        the source; "shrunk" fits it with a pull towards that, of the strength in PULLS that predicts best the curves
+        left out, one at a time.
     Raises:
       ValueError: too few points, rates or losses that are not positive numbers, no schedule that tells the parameters.
     """
     _validate(curves, delta, num_bootstrap, resample, response)
-    rate = max(float(curve.lr_T.max()) for curve in curves)
-    spent = [np.cumsum(curve.lr_T)[curve.steps_n] for curve in curves]
-    total = float(np.exp(np.mean(np.log(np.concatenate(spent)))))
-    knots = [multi_power.knots(curve.lr_T, curve.steps_n, GROUP_WIDTH, rate, total) for curve in curves]
-    loss_n = np.concatenate([curve.loss_n for curve in curves])
-    n, floor = len(loss_n), (1e-14 / delta) ** 2
-
-    start_SP = _starts(knots, loss_n, num_starts)
-    max_steps = 600 if early_steps is None else early_steps
-    free_P = np.ones(len(multi_power.PARAMETERS), bool)
-    if response == "published":
-        free_P[4:] = False
-        start_SP[:, 4:] = _coordinates(multi_power.PUBLISHED["400M"], rate, total)[4:]
-    curvature_PP = _curvature(knots, loss_n, delta, start_SP[0], free_P)
-    objective = _objective(knots, loss_n, delta, np.ones((num_starts, n)), free_P)
-    found = minimise(objective, start_SP, curvature_PP, max_steps, 1e-12, floor)
+    max_steps = MAX_STEPS if early_steps is None else early_steps
+    pulls = {"fitted": (0.0,), "published": (math.inf,), "shrunk": PULLS}[response]
+    pull, without = _best_pull(curves, delta, num_starts, max_steps, pulls)
+    problem = make_problem(curves, delta, pull)
+    found = problem.minimum(problem.starts(num_starts), max_steps=max_steps)
     best = int(np.argmin(found.value_K))
-    excess_S = found.value_K / (found.value_K[best] + 1e8 * floor) - 1
-    weight_Kn = _resample([len(curve.loss_n) for curve in curves], num_bootstrap, seed, resample)
     theta_P = found.theta_KP[best]
-    again = minimise(
-        _objective(knots, loss_n, delta, weight_Kn, free_P),
-        np.tile(theta_P, (num_bootstrap, 1)),
-        _curvature(knots, loss_n, delta, theta_P, free_P),
-        max_steps,
-        1e-7,
-        floor,
-    )
-    values = [multi_power.natural(_values(theta_P), rate, total) for theta_P in (theta_P, *again.theta_KP)]
+    excess_S = found.value_K / (found.value_K[best] + 1e8 * problem.floor) - 1
+    weight_Kn = _resample([len(curve.loss_n) for curve in curves], num_bootstrap, seed, resample)
+    again = problem.minimum(np.tile(theta_P, (num_bootstrap, 1)), weight_Kn, DRAW_TOLERANCE, max_steps)
     return ScheduleFit(
-        values=values[0],
-        draws=np.stack(values[1:]),
+        values=problem.natural(theta_P),
+        draws=np.stack([problem.natural(one_P) for one_P in again.theta_KP]),
+        without={name: None if values_P is None else values_P.tolist() for name, values_P in without.items()},
         curves=[curve.name for curve in curves],
-        num_points=n,
-        objective=float(found.value_K[best] * n * delta**2),
+        num_points=len(problem.loss_n),
+        objective=problem.misfit(theta_P),
         delta=delta,
         seed=seed,
         stop="minimum" if early_steps is None else "early",
@@ -236,19 +223,66 @@ def fit_curves(
         num_agreeing=int((excess_S <= 1e-6).sum()),
         resample=resample,
         response=response,
+        pull=pull if response == "shrunk" else None,
     )
 
 
-def leave_one_out(curves: Sequence[Curve], **options) -> dict[str, Score]:
-    """Each curve predicted by a fit of the others: what tells a full minimum from an early stop, which in-sample error
-    cannot. `options` as for `fit_curves`."""
+def leave_one_out(curves: Sequence[Curve], fit: ScheduleFit) -> dict[str, Score]:
+    """Each of the fitted curves predicted by the fit to the others, where those determine one: what in-sample error
+    cannot tell."""
     return {
-        left_out.name: fit_curves([c for c in curves if c is not left_out], **options).scores([left_out])[left_out.name]
-        for left_out in curves
+        curve.name: score(fit.predict_without(curve.lr_T, curve.steps_n)[curve.name], curve.loss_n)
+        for curve in curves
+        if fit.without.get(curve.name) is not None
     }
 
 
 # --- the fit ---------------------------------------------------------------------------------------------------------
+
+
+def _without_each(curves, delta, num_starts, max_steps, pull):
+    """Values [P] of the fit without each curve, by name; None where the others determine no law."""
+    without = {}
+    for left_out in curves:
+        others = [curve for curve in curves if curve is not left_out]
+        try:
+            _require_design(others)
+        except ValueError:
+            without[left_out.name] = None
+            continue
+        problem = make_problem(others, delta, pull)
+        found = problem.minimum(problem.starts(num_starts), tolerance=DRAW_TOLERANCE, max_steps=max_steps)
+        without[left_out.name] = problem.natural(found.theta_KP[int(np.argmin(found.value_K))])
+    return without
+
+
+def _best_pull(curves, delta, num_starts, max_steps, pulls):
+    """The pull whose fits predict the curves left out with the least mean relative error, of equals the stronger; and
+    these fits."""
+    tried = []
+    for pull in sorted(pulls, reverse=True):
+        without = _without_each(curves, delta, num_starts, max_steps, pull)
+        errors = [
+            float(np.abs(_loss(without[curve.name], curve.lr_T, curve.steps_n) / curve.loss_n - 1).mean())
+            for curve in curves
+            if without[curve.name] is not None
+        ]
+        tried.append((np.mean(errors) if errors else math.inf, pull, without))
+    error, pull, without = min(tried, key=lambda each: each[0])
+    if len(pulls) > 1 and math.isinf(error):
+        raise ValueError(
+            f"response='shrunk' leaves each of the {len(curves)} curves out in turn, and never do the others determine "
+            "the law; add a curve with a decay, or use response='published'"
+        )
+    return pull, without
+
+
+def _loss(values_P, lr_T, steps_n):
+    lr_T = valid_rates(lr_T)
+    steps_n = np.arange(len(lr_T)) if steps_n is None else np.asarray(steps_n)
+    if len(steps_n) == 0 or steps_n.min() < 0 or steps_n.max() >= len(lr_T):
+        raise ValueError(f"steps must lie within 0 to {len(lr_T) - 1}, the steps of the schedule given")
+    return multi_power.loss(values_P, multi_power.knots(lr_T, steps_n))
 
 
 def valid_rates(lr_T):
@@ -263,12 +297,16 @@ def _validate(curves, delta, num_bootstrap, resample, response):
         raise ValueError(f"delta={delta} must be a positive number")
     if num_bootstrap < 40:
         raise ValueError(f"num_bootstrap={num_bootstrap} is too few for a 95% interval; use at least 40")
-    if response not in ("fitted", "published"):
-        raise ValueError(f"response={response!r} is neither fitted nor published")
+    if response not in RESPONSES:
+        raise ValueError(f"response={response!r} is not one of {', '.join(RESPONSES)}")
     if resample not in ("blocks", "curves"):
         raise ValueError(f"resample={resample!r} is neither blocks nor curves")
     if resample == "curves" and len(curves) < 6:
         raise ValueError(f"{len(curves)} curves are too few to resample curves; use resample='blocks'")
+    _require_design(curves)
+
+
+def _require_design(curves):
     num_points = sum(len(curve.loss_n) for curve in curves)
     if num_points < 10 * len(multi_power.PARAMETERS):
         raise ValueError(
@@ -284,65 +322,6 @@ def _validate(curves, delta, num_bootstrap, resample, response):
             "degenerate design: no curve lowers its learning rate where its loss is logged, so nothing tells what a "
             "decay does; add a curve with a decay"
         )
-
-
-def _values(theta_P):
-    return np.where(POSITIVE, np.exp(np.where(POSITIVE, theta_P, 0.0)), theta_P)
-
-
-def _coordinates(values_P, rate, total):
-    scaled_P = multi_power.natural(np.asarray(values_P), 1 / rate, 1 / total)
-    return np.where(POSITIVE, np.log(np.where(POSITIVE, scaled_P, 1.0)), scaled_P)
-
-
-def _starts(knots, loss_n, num):
-    """Coordinates [S, P], best first: with the four shape parameters on a grid the law is linear in L0, A and B."""
-    spent_n = np.concatenate([curve.spent_n for curve in knots])
-    response = {cell: np.concatenate([multi_power.response(*cell, curve) for curve in knots]) for cell in SHAPES}
-    cells = [(alpha, *shape) for alpha in (0.3, 0.5, 0.8) for shape in SHAPES]
-    features = [np.stack([np.ones(len(loss_n)), spent_n ** -cell[0], response[cell[1:]]], axis=1) for cell in cells]
-    best_S, log_S3 = best_cells(np.stack(features), loss_n, num)
-    alpha, beta, C, gamma = np.array(cells)[best_S].T
-    return np.stack([log_S3[:, 0], log_S3[:, 1], alpha, log_S3[:, 2], np.log(C), np.log(beta), gamma], axis=1)
-
-
-def _objective(knots, loss_n, delta, weight_Kn, free_P):
-    """Mean Huber in units of delta squared and its gradient by the free coordinates, with a parabola outside LOW_P to
-    HIGH_P."""
-    n, log_n = len(loss_n), np.log(loss_n)
-
-    def value_and_gradient(theta_KP, lanes_K):
-        value_K, gradient_KP = np.empty(len(theta_KP)), np.empty_like(theta_KP)
-        outside_KP = theta_KP - np.clip(theta_KP, LOW_P, HIGH_P)
-        with np.errstate(all="ignore"):  # a wild trial overflows; the optimiser takes it back
-            for k, theta_P in enumerate(theta_KP):
-                predicted_n, jacobian_nP = _predict(theta_P, knots)
-                r_n = (np.log(predicted_n) - log_n) / delta
-                force_n = np.clip(r_n, -1.0, 1.0)
-                weight_n = weight_Kn[lanes_K[k]]
-                value_K[k] = weight_n @ (force_n * (r_n - 0.5 * force_n))
-                gradient_KP[k] = (weight_n * force_n / predicted_n) @ jacobian_nP
-        return value_K / n + (outside_KP**2).sum(axis=1), (gradient_KP / (n * delta) + 2 * outside_KP) * free_P
-
-    return value_and_gradient
-
-
-def _predict(theta_P, knots):
-    parts = [multi_power.loss_and_jacobian(_values(theta_P), curve) for curve in knots]
-    return np.concatenate([loss_n for loss_n, _ in parts]), np.concatenate([jacobian_nP for _, jacobian_nP in parts])
-
-
-def _curvature(knots, loss_n, delta, theta_P, free_P):
-    """Inverse of the reweighted Gauss-Newton matrix of the free coordinates [P, P]: Huber's majoriser, as in `fit`."""
-    predicted_n, jacobian_nP = _predict(theta_P, knots)
-    jacobian_nQ = (jacobian_nP / predicted_n[:, None])[:, free_P]
-    weight_n = 1 / np.maximum(np.abs(np.log(predicted_n / loss_n)) / delta, 1.0)
-    normal_QQ = (jacobian_nQ * weight_n[:, None]).T @ jacobian_nQ / (len(loss_n) * delta**2)
-    inverse_PP = np.zeros((len(theta_P), len(theta_P)))
-    inverse_PP[np.ix_(free_P, free_P)] = np.linalg.inv(
-        normal_QQ + 1e-9 * np.trace(normal_QQ) * np.eye(int(free_P.sum()))
-    )
-    return inverse_PP
 
 
 def _resample(lengths, num, seed, what):

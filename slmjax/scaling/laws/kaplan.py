@@ -80,7 +80,7 @@ class Kaplan(TermLaw):
 law = Kaplan(
     name="kaplan",
     formula="L = [(N_c/N)^(alpha_N/alpha_D) + D_c/D]^alpha_D",
-    source="Kaplan et al. 2020 (arXiv 2001.08361), equation 1.5 and table 2",
+    source="Kaplan et al. 2020 (arXiv 2001.08361), equation 1.5; values of its table 2, fits to L(N, D)",
     inputs=("N", "D"),
     kinds={"N_c": COEFFICIENT, "D_c": COEFFICIENT, "alpha_N": EXPONENT, "alpha_D": EXPONENT},
     levels={"N": 2, "D": 2},

@@ -106,7 +106,7 @@ def load_points(
         excluded += made.excluded
         notes += made.notes
     points, duplicates = _split_duplicates(points)
-    notes += _shared_ids(points) + _repeated(points, reads)
+    notes += _shared_ids(points) + _repeated(points)
     return PointSet(tuple(points), tuple(excluded + duplicates), tuple(notes))
 
 
@@ -150,12 +150,11 @@ def _meeting(points: PointSet, conditions: Sequence[Condition]) -> PointSet:
     return points
 
 
-def _repeated(points, reads) -> list[str]:
+def _repeated(points) -> list[str]:
     repeated = [p.epochs for p in points if p.epochs is not None and p.epochs > 1]
     if not repeated:
         return []
-    taken = "" if "U" in reads else "; the law takes a repeated token for a new one"
-    return [f"{len(repeated)} of {len(points)} runs repeat data (up to {max(repeated):.3g} epochs){taken}"]
+    return [f"{len(repeated)} of {len(points)} runs repeat data (up to {max(repeated):.3g} epochs)"]
 
 
 def _shared_ids(points) -> list[str]:

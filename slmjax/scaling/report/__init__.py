@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slmjax import records
+from slmjax.scaling import choose, laws
 from slmjax.scaling.fit import Fit, fit
 from slmjax.scaling.points import PointSet, load_points, load_runs
 from slmjax.scaling.report import (
@@ -62,11 +63,13 @@ def write_report(
       study_dir: the folder with study.json.
       out: folder to write to; the study folder when None.
       budgets: FLOPs to forecast for; 1, 10, 100 and 1000 times the largest run's when None.
+      law: a law's name, or "auto" for the one that forecasts best the runs it has not seen.
       command: what reproduces the page, printed at its end.
     """
     study_dir, out = Path(study_dir), Path(out or study_dir)
     evidences.require_budgets(budgets)
-    runs, point_set = load_runs(study_dir), load_points([study_dir])
+    reads = choose.INPUTS if law == choose.AUTO else laws.load_law(law).inputs
+    runs, point_set = load_runs(study_dir), load_points([study_dir], reads=reads)
     name = records.read_json(study_dir / "study.json")["name"]
     call = f"from slmjax.scaling.report import write_report; write_report({json.dumps(str(study_dir))})"
     command = command or f"python -c {shlex.quote(call)}"
@@ -119,7 +122,7 @@ def write_fit_report(
 
 def _try_fit(point_set, law) -> tuple[Fit | None, str]:
     try:
-        return fit(point_set, law), ""
+        return choose.fit_chosen(point_set)[0] if law == choose.AUTO else fit(point_set, law), ""
     except ValueError as error:
         return None, str(error)
 

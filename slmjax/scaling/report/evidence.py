@@ -85,14 +85,14 @@ def gather(point_set: PointSet, fit: Fit, budgets: Sequence[float] | None = None
         points=point_set,
         fit=fit,
         tested=tested,
-        cuts=backtest.hide(fit) if tested.outcomes else [],
+        cuts=list(tested.cuts) if tested.outcomes else [],
         cost=cost,
         forecasts=forecasts,
         losses=_attempt(lambda: _losses(fit, budgets)),
         isoflop=reading,
         agreement=_attempt(lambda: _agreement(point_set, fit, cost, reading)),
         choice=_attempt(lambda: _choice(point_set, fit)),
-        diagnosis=_attempt(lambda: _diagnosis(fit, optimum)),
+        diagnosis=_attempt(lambda: _diagnosis(fit, optimum, cost)),
         profile=_attempt(lambda: _profile(fit)),
     )
 
@@ -168,7 +168,7 @@ def _agreement(point_set, fit, cost, reading):
     made = [one for one in others if not isinstance(one, Refusal)]
     if not made:
         raise ValueError("; ".join(dict.fromkeys(one.why for one in others)))
-    return agreement.compare([fit, *made])
+    return agreement.compare([fit, *made], cost=cost.name)
 
 
 def _choice(point_set, fit):
@@ -182,15 +182,14 @@ def _choice(point_set, fit):
         raise ValueError(f"no other law here reads {', '.join(fit.form.inputs)}, so there is no choice to make")
     if fit.fixed:
         raise ValueError(f"{', '.join(fit.fixed)} held fixed, and the forms are compared with all parameters free")
-    by = [name for name in choose.HIDE_BY if all(p.value(name) is not None for p in point_set.points)]
-    if not by:
-        raise ValueError("the runs have neither FLOPs nor N, so none can be hidden as larger")
-    return choose.choose(point_set, forms, by, delta=fit.delta)
+    return choose.choose(point_set, forms, delta=fit.delta)
 
 
-def _diagnosis(fit, optimum):
+def _diagnosis(fit, optimum, cost):
     by = "N" if "N" in fit.form.inputs else fit.form.inputs[0]
-    return diagnose.diagnose(fit, by, flops=None if optimum is None else optimum.target["flops"])
+    if optimum is None:
+        return diagnose.diagnose(fit, by)
+    return diagnose.diagnose(fit, by, optimum.target["flops"], cost=cost.name)
 
 
 def _profile(fit):

@@ -80,7 +80,7 @@ def back_test(tested: BackTest, cuts: list[Cut], residual: str = "log") -> Any:
     """Hidden runs against what was forecast for them, by distance; and the share of them that the intervals held.
 
     Args:
-      cuts: of `backtest.hide`, those that `tested` judged among them.
+      cuts: of `tested`, those that it judged among them.
       residual: the scale of the errors, "log" or "raw".
     """
     judged = {outcome.flops for outcome in tested.outcomes}

@@ -1,5 +1,6 @@
 """Multi-Power Law (Luo et al. 2025, arXiv 2503.12811) on its released curves, `lr_schedule_curves_25m_100m.csv`."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,14 @@ from slmjax.scaling.verify import Check
 
 TABLE = "lr_schedule_curves_25m_100m.csv"
 PEAK, WARMUP_STEPS = 3e-4, 2160
+# The 10% is what the published parameters imply. They are no minimum of the objective on these curves (.000291 against
+# .000138), whose minimum responds slower to a change of the rate and puts the best share at 17%, for .002 to .004 nats;
+# the fit to all nine curves puts it at 13% (25M) and 18% (100M).
+RESPONSES = {
+    "fitted": "own fit",
+    "shrunk": "own fit, shrunk response",
+    "published": "own fit, published response",
+}
 FITTED = ("cosine_24000", "constant_24000", "wsdcon_9")
 # Means over the six test schedules as printed: R2, MAE, RMSE, mean and worst relative error.
 PRINTED = {
@@ -43,14 +52,13 @@ def checks(folder: Path | None) -> Iterator[Check]:
 
 def _own(model, curves):
     trained = [curve for curve in curves if curve.name in FITTED]
-    for response, said in (("fitted", "own fit"), ("published", "own fit, published response")):
+    for response, said in RESPONSES.items():
         fit = fit_curves(trained, response=response)
         means = _means(fit, curves, model)
         # How far below 1 the R2, so that "at least .997" reads as "at most".
         yield Check("multi_power", f"{model}M {said}: 1 - test r2", 1 - means.r2, 1 - 0.997, at_most=True)
         yield Check("multi_power", f"{model}M {said}: mean relative error", means.mean_relative, 0.0017, at_most=True)
-        share = best_decay(fit, 24_000, PEAK, "1-sqrt").best
-        yield Check("multi_power", f"{model}M {said}: best decay share, 1-sqrt", share, 0.1, None, 0.05)
+        yield from _decay(f"{model}M {said}: best decay share, 1-sqrt", best_decay(fit, 24_000, PEAK, "1-sqrt"))
         if response == "fitted" and model in MINIMUM:
             objective, error = MINIMUM[model]
             what = f"{model}M {said}: training objective"
@@ -59,9 +67,32 @@ def _own(model, curves):
             yield Check("multi_power", what, means.mean_relative, None, error, 5e-6, "measured")
 
 
+def _decay(what, made):
+    """The best share against the 10% of the published parameters, and how sure a fit to three curves is of it."""
+    yield Check("multi_power", what, made.best, 0.1, None, 0.05)
+    (low, high), (least, most), (cost, (cost_low, cost_high)) = (
+        made.interval(0.95),
+        made.range_without(),
+        made.above(0.1),
+    )
+    for name, value in (
+        ("between the shares", made.optimum),
+        ("lower end of 95%", low),
+        ("upper end of 95%", high),
+        ("least without one curve", least),
+        ("largest without one curve", most),
+        ("nats that 10% loses", cost),
+        ("nats that 10% loses, lower end of 95%", cost_low),
+        ("nats that 10% loses, upper end of 95%", cost_high),
+    ):
+        yield Check("multi_power", f"{what}: {name}", value, tolerance=math.inf)
+
+
 def with_values(values) -> ScheduleFit:
     """Given parameters as a fit without draws."""
-    return ScheduleFit(np.array(values), np.empty((0, 7)), [], 0, 0.0, 1e-3, 0, "minimum", 0, 0, 0, "blocks", "fitted")
+    return ScheduleFit(
+        np.array(values), np.empty((0, 7)), {}, [], 0, 0.0, 1e-3, 0, "minimum", 0, 0, 0, "blocks", "fitted"
+    )
 
 
 def _means(fit, curves, model):

@@ -11,5 +11,5 @@ law = HyperLaw(
     },
     source="Zhang et al. 2024 (arXiv 2410.21676)",
     setting="constant rate with averaged weights, beta1 .95; tokens in proportion to size, or the same for all sizes",
-    fitted_on={"N": (8.5e7, 1.2e9)},
+    fitted_on={"N": (8.5e7, 1.2e9)},  # as its abstract says: 85 million to 1.2 billion parameters
 )
