@@ -4,9 +4,9 @@ Counts are by formula because XLA's cost analysis counts the body of a scan once
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from slmjax.config import ConfigError, ModelConfig, RunConfig
+from slmjax.config import ConfigError, ModelConfig, MoeConfig, RunConfig
 
 BYTE_VOCAB = 257  # 256 bytes and the document mark
 GATED = ("swiglu", "geglu")
@@ -18,13 +18,17 @@ class Counts:
 
     embedding: int
     head: int  # an untied output matrix; 0 when tied
-    dense: int  # attention, feed-forward, norms
-    experts: int = 0
-    active_experts: int = 0
+    dense: int  # attention, feed-forward, shared experts, routers, norms: what every token passes
+    experts: int = 0  # routed ones
+    active_experts: int = 0  # of them, those a token passes
 
     @property
     def non_embedding(self) -> int:
         return self.dense + self.experts
+
+    @property
+    def active_non_embedding(self) -> int:
+        return self.dense + self.active_experts
 
     @property
     def total(self) -> int:
@@ -35,7 +39,8 @@ class Counts:
         return self.embedding + self.head + self.dense + self.active_experts
 
     def to_dict(self) -> dict[str, int]:
-        return asdict(self) | {"non_embedding": self.non_embedding, "active": self.active, "total": self.total}
+        sums = ("non_embedding", "active_non_embedding", "active", "total")
+        return asdict(self) | {name: getattr(self, name) for name in sums}
 
 
 def vocab_size(cfg: RunConfig) -> int:
@@ -55,16 +60,40 @@ def vocab_size(cfg: RunConfig) -> int:
 
 
 def count_params(model: ModelConfig, vocab: int) -> Counts:
-    """Parameters of the dense transformer: L(D·C(2H + 2K) + (2 or 3)·D·F + 2D) + D, embeddings apart."""
-    D = model.width
+    """Parameters of the transformer: L(D·C(2H + 2K) + 2D) + D and its feed-forwards, embeddings apart.
+
+    A dense feed-forward has (2 or 3)·D·F; one of experts a router of D·E and (2 or 3)·D times the width of each expert.
+    """
+    D, moe, num_moe = model.width, model.moe, model.feed_forwards.count("moe")
     gains = 2 * D + (2 * model.head_dim if model.qk_norm else 0)
-    dense = model.num_layers * (_block_matmuls(model) + gains) + D
-    return Counts(embedding=vocab * D, head=0 if model.tied_embeddings else vocab * D, dense=dense)
+    expert = num_moe * _feed_forward(model, expert_width(model))
+    return Counts(
+        embedding=vocab * D,
+        head=0 if model.tied_embeddings else vocab * D,
+        dense=_always_matmuls(model) + model.num_layers * gains + D,
+        experts=expert * moe.num_experts,
+        active_experts=expert * moe.experts_per_token,
+    )
 
 
-def _block_matmuls(model: ModelConfig) -> int:
-    D, C, H, K, F = model.width, model.head_dim, model.num_heads, model.num_kv_heads, model.mlp_width
-    return D * C * (2 * H + 2 * K) + (3 if model.activation in GATED else 2) * D * F
+def expert_width(model: ModelConfig) -> int:
+    return model.moe.expert_width or model.mlp_width
+
+
+def _feed_forward(model: ModelConfig, width: int) -> int:
+    return (3 if model.activation in GATED else 2) * model.width * width
+
+
+def _always_matmuls(model: ModelConfig) -> int:
+    """Weights in products that every token passes, both ends apart."""
+    D, C, H, K = model.width, model.head_dim, model.num_heads, model.num_kv_heads
+    moe, kinds = model.moe, model.feed_forwards
+    shared = D * moe.num_experts + _feed_forward(model, moe.num_shared_experts * expert_width(model))
+    return (
+        model.num_layers * D * C * (2 * H + 2 * K)
+        + kinds.count("mlp") * _feed_forward(model, model.mlp_width)
+        + kinds.count("moe") * shared
+    )
 
 
 def flops_per_token(model: ModelConfig, vocab: int, seq_len: int, dense: int = 0) -> dict[str, int]:
@@ -72,15 +101,31 @@ def flops_per_token(model: ModelConfig, vocab: int, seq_len: int, dense: int = 0
 
     Matmul weights count 6 each. Attention scores and values count 12·H·C·S per layer, S the keys a query may see
     without the causal mask (T, or the window): the convention of PaLM and DeepSeek (2401.02954), where a dense model
-    with H·C = D has M = 72·L·D² + 12·L·D·T. Rotary embeddings, norms and softmax are left out; recomputation is too.
+    with H·C = D has M = 72·L·D² + 12·L·D·T. Of experts, those that a token passes, and the router. Rotary embeddings,
+    norms, softmax and the sorting of tokens to experts are left out; recomputation is too.
     A family with other weights than the dense decoder's says how many with `dense`, all taken to be in products.
     """
     C, H = model.head_dim, model.num_heads
-    added = dense - count_params(model, vocab).dense if dense else 0
+    counts = count_params(model, vocab)
+    added = (dense - counts.dense if dense else 0) + counts.active_experts
     windows = [min(model.window, seq_len) if kind == "window" else seq_len for kind in model.attention_pattern]
     keys = sum(windows) * (model.num_layers // len(windows))
-    body = 6 * (model.num_layers * _block_matmuls(model) + added) + 12 * H * C * keys
+    body = 6 * (_always_matmuls(model) + added) + 12 * H * C * keys
     return {"with_head": body + 6 * vocab * model.width, "without_head": body}
+
+
+def state_bytes(cfg: RunConfig) -> dict[str, int]:
+    """Bytes of what training one run holds beside activations, over all its devices: float32 throughout.
+
+    AdamW keeps two moments of every parameter, Muon one of the blocks' matrices; the average is there when it is on.
+    """
+    counts, model = count_params(cfg.model, vocab_size(cfg)), cfg.model
+    routers = model.feed_forwards.count("moe") * model.width * model.moe.num_experts
+    matrices = _always_matmuls(model) - routers + counts.experts
+    moments = 2 * counts.total - (matrices if cfg.optim.name == "muon" else 0)
+    sizes = {"params": counts.total, "gradients": counts.total, "moments": moments}
+    sizes["ema"] = counts.total if cfg.optim.ema_decay else 0
+    return {name: 4 * size for name, size in sizes.items()} | {"total": 4 * sum(sizes.values())}
 
 
 def num_tokens(cfg: RunConfig) -> int:
@@ -89,7 +134,8 @@ def num_tokens(cfg: RunConfig) -> int:
 
 
 def train_flops(cfg: RunConfig) -> int:
-    """C: training FLOPs of a run, head and attention included."""
+    """C: training FLOPs of a run from random weights, head and attention included."""
+    assert not cfg.start.run, "what an upcycled run costs is study.total_flops"
     return flops_per_token(cfg.model, vocab_size(cfg), cfg.data.seq_len)["with_head"] * num_tokens(cfg)
 
 
@@ -115,6 +161,32 @@ def shape(width: int, num_layers: int, head_dim: int = 64, mlp_ratio: float = 2.
         "model.head_dim": head_dim,
         "model.mlp_width": round(width * mlp_ratio),
     }
+
+
+def mixture(mlp_width: int, num_experts: int, experts_per_token: int, num_shared: int = 0) -> dict:
+    """Config overrides for experts with as many active parameters as a dense feed-forward of mlp_width.
+
+    More and narrower experts per token are what Krajewski et al. (2402.07871) call a higher granularity,
+    mlp_width / expert width.
+
+    Raises:
+      ConfigError: mlp_width is not a multiple of the active experts.
+    """
+    active = experts_per_token + num_shared
+    if mlp_width % active:
+        raise ConfigError(f"model.mlp_width={mlp_width} does not split into {active} active experts of one width")
+    return {
+        "model.moe.num_experts": num_experts,
+        "model.moe.experts_per_token": experts_per_token,
+        "model.moe.num_shared_experts": num_shared,
+        "model.moe.expert_width": mlp_width // active,
+    }
+
+
+def dense_twin(model: ModelConfig) -> ModelConfig:
+    """The dense model with a feed-forward as wide as a token's experts together."""
+    active = model.moe.experts_per_token + model.moe.num_shared_experts
+    return replace(model, mlp_width=active * expert_width(model), moe=MoeConfig())
 
 
 # MiniCPM's wind tunnel and its two released sizes (2404.06395, tables 2 and 8): name → (width, layers, kv_heads).

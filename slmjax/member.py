@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slmjax import config, data, evaluate, ladder, models, records, schedules
+from slmjax import config, data, evaluate, ladder, models, records, schedules, upcycle
 from slmjax.checkpoint import Checkpointer
 from slmjax.lease import LeaseError, RunLease
 from slmjax.program import Metrics, Program
@@ -37,6 +37,7 @@ class Member:
         self.loss = self.eval = self.writer = None
         self.tokens_per_s = 0.0
         self.num_skipped = self.most_consecutive = 0
+        self.inherited = {}  # of an upcycled run: the tokens and FLOPs of the dense steps it began from
         self.began = self.read_at = self.saved_at = time.monotonic()
         self.status_at = 0.0
         self._open = contextlib.ExitStack()
@@ -71,24 +72,33 @@ class Member:
         self.tensorboard = TensorBoard(self.folder / "tb", enabled=cfg.log.tensorboard)
         self._open.callback(self.tensorboard.close)
 
-    def restore(self):
-        """This run's newest checkpoint, or the newest that another run beside it shares with it; None to start anew."""
+    def restore(self, source: Path | None = None):
+        """What to go on from, in this order: this run's newest checkpoint; the newest that another run beside it shares
+        with it; the upcycled checkpoint that `start` names, of the run beside it or in the folder `source`; None.
+        """
+        cfg = self.run.config
         found = self.checkpoints.restore(self.program.abstract_member)
         if found is not None:
-            self.step, state, _ = found
-            self.saved_step = self.step
+            self.step, state, meta = found
+            self.saved_step, self.inherited = self.step, _inherited(meta)
         else:
-            donor, step = shared_checkpoint(self.run.config, self.folder, self.dataset.fingerprint)
-            if donor is None:
+            donor, step = shared_checkpoint(cfg, self.folder, self.dataset.fingerprint)
+            if donor is not None:
+                with Checkpointer(donor / "checkpoints") as other:
+                    self.step, state, meta = other.restore(self.program.abstract_member, step)
+                self.inherited = _inherited(meta)
+            elif cfg.start.run:
+                source = source or self.folder.parent / cfg.start.run
+                state, tokens, flops = upcycle.begin(source, cfg, self.program, self.dataset.fingerprint)
+                self.step, self.inherited = cfg.start.step, {"inherited_tokens": tokens, "inherited_flops": flops}
+            else:
                 return None
-            with Checkpointer(donor / "checkpoints") as other:
-                self.step, state, _ = other.restore(self.program.abstract_member, step)
         self.num_skipped, self.most_consecutive = int(state.skips.total), int(state.skips.consecutive)
         return state
 
     def start(self) -> None:
         cfg = self.run.config
-        counts = models.count_params(self.program.model.specs)
+        counts = models.count_params(self.program.model.specs, cfg.model)
         self.first_step = self.logged_step = self.step
         self.writer.write(
             "start",
@@ -107,8 +117,9 @@ class Member:
             corpus=self.dataset.fingerprint["corpus"],
             bytes_per_token=self.dataset.bytes_per_token,
             entropy=self.dataset.entropy,
-            family="dense" if cfg.model.build == "transformer" else cfg.model.build,
+            family=family(cfg.model),
             mesh=dict(self.program.mesh.shape),
+            **self.inherited,
         )
         self.tensorboard.start(self.step)
         self.writer.status("running", **self._progress())
@@ -179,9 +190,13 @@ class Member:
                 "num_skipped": int(metrics.skipped[i]),
                 "wall_s": round(now - self.began, 3),
                 "tokens_per_s": round(self.tokens_per_s),
+                **{name: _rounded(values[i]) for name, values in metrics.auxiliary.items()},
             }
             self.writer.write("train", **line)
             self.tensorboard.scalars(step, {k: line[k] for k in ("loss", "grad_norm", "lr", "tokens_per_s")}, "train")
+            for name, values in metrics.auxiliary.items():
+                if values.ndim == 2:  # one number a layer
+                    self.tensorboard.scalars(step, dict(enumerate(values[i].tolist())), f"router/{name}")
         self.loss, self.logged_step = float(metrics.loss[-1]), first + count
         self.num_skipped = int(metrics.skipped[-1])
         # The longest row of skips, which need not be the last: what diverges must not hang on where dispatches end.
@@ -208,7 +223,8 @@ class Member:
         cfg = self.run.config
         meta = {"run_id": self.run.run_id, "phase": self.phase, "tokens": self.step * self.tokens_per_step}
         pinned = self.step in self.run.save_steps or self.step == config.decay_start(cfg)
-        self.checkpoints.save(self.step, state, meta | {"data": self.dataset.fingerprint}, pinned=pinned)
+        meta |= {"data": self.dataset.fingerprint, **self.inherited}
+        self.checkpoints.save(self.step, state, meta, pinned=pinned)
         if self.step in self.run.save_steps:
             self.checkpoints.wait()  # saved_step tells branches that they can start, and they read it at once
         self.saved_step, self.saved_at = self.step, time.monotonic()
@@ -219,7 +235,7 @@ class Member:
         final = self.eval if self.eval and self.eval["step"] == self.step else {}
         self._end(state, reason, final, self.dataset.epochs_at(self.step))
         if state == "done":  # last of all: nothing more is written to a folder that says DONE
-            counts = models.count_params(self.program.model.specs).to_dict()
+            counts = models.count_params(self.program.model.specs, self.run.config.model).to_dict()
             self.tensorboard.hparams(self.run.config, counts, final)
             self.writer.done()
         self.close()
@@ -286,6 +302,25 @@ def shared_checkpoint(cfg: config.RunConfig, folder: Path, fingerprint: dict) ->
         if steps:
             best = (path.parent, max(steps))
     return best
+
+
+def _inherited(meta: dict) -> dict:
+    """What a checkpoint says of the dense steps behind it; {} where there are none."""
+    return {key: meta[key] for key in ("inherited_tokens", "inherited_flops") if key in meta}
+
+
+def family(model: config.ModelConfig) -> str:
+    """What a run's points are told apart by: a fork's own build, or dense, or moe."""
+    if model.build != "transformer":
+        return model.build
+    return "moe" if "moe" in model.feed_forwards else "dense"
+
+
+def _rounded(array) -> list:
+    """Nested lists with six digits after the point, and null for what is not finite."""
+    if np.ndim(array):
+        return [_rounded(a) for a in array]
+    return round(float(array), 6) if np.isfinite(array) else None
 
 
 def _plain(value):

@@ -19,7 +19,10 @@ from slmjax.models import Model, ParamSpec, is_spec
 
 
 class Hyper(NamedTuple):
-    """A step's scalars, float32 but for the seed. `lr` and `decay` already carry the schedule."""
+    """A step's scalars, float32 but for the seed. `lr` and `decay` already carry the schedule.
+
+    z_loss is the objective's; balance_weight, z_weight and bias_rate are those of `config.MoeConfig`.
+    """
 
     lr: jax.Array
     decay: jax.Array  # share of a weight that a step removes
@@ -31,6 +34,9 @@ class Hyper(NamedTuple):
     ema_decay: jax.Array
     spike_factor: jax.Array
     z_loss: jax.Array
+    balance_weight: jax.Array
+    z_weight: jax.Array
+    bias_rate: jax.Array
     seed: jax.Array  # uint32
 
 
@@ -128,6 +134,9 @@ def hyper_at(cfg: RunConfig, multiplier) -> Hyper:
         optim.ema_decay,
         optim.spike_factor,
         cfg.objective.z_loss,
+        cfg.model.moe.balance_weight,
+        cfg.model.moe.z_weight,
+        cfg.model.moe.bias_rate,
     )
     return Hyper(*(np.float32(v) for v in values), seed=np.uint32(cfg.train.seed))
 

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from slmjax.config import ModelConfig
 
-ROLES = ("embed", "hidden", "norm", "bias", "readout")  # readout: an untied output matrix
+# readout: an untied output matrix. router: weights whose products choose experts. balance: the loss-free bias of that
+# choice, which no gradient reaches and the trainer moves by a rule of its own.
+ROLES = ("embed", "hidden", "norm", "bias", "readout", "router", "balance")
 
 
 class Rule(NamedTuple):
@@ -51,6 +53,8 @@ class Parametrization(NamedTuple):
         """
         assert role in ROLES, role
         s = self.cfg.parametrization.init_std if init_std is None else init_std
+        if role == "balance":
+            return Rule(0.0, lr=0.0, decay=0.0)
         return _SCHEMES[self.cfg.parametrization.name](self, role, fan_in, in_block, s)
 
     @property
@@ -67,6 +71,10 @@ class Parametrization(NamedTuple):
             case "umup":
                 return scale / self.cfg.width
         return scale
+
+    @property
+    def router_std(self) -> float:
+        return self.cfg.moe.router_std
 
     @property
     def attention_scale(self) -> float:
@@ -96,7 +104,7 @@ def _no_decay(role: str) -> float:
 
 def _sp(p: Parametrization, role: str, fan_in: int, in_block: bool, s) -> Rule:
     """One scale and one rate for every tensor, whatever the size."""
-    return Rule(s, decay=_no_decay(role))
+    return Rule(p.router_std if role == "router" else s, decay=_no_decay(role))
 
 
 def _mup(p: Parametrization, role: str, fan_in: int, in_block: bool, s) -> Rule:
@@ -104,6 +112,8 @@ def _mup(p: Parametrization, role: str, fan_in: int, in_block: bool, s) -> Rule:
     m = p.width_ratio
     if role == "hidden":
         return Rule(s / math.sqrt(m), lr=1 / m, eps=1 / m, orthogonal_lr=1 / math.sqrt(m))
+    if role == "router":  # an output of a fixed number of experts: as the readout, with its divisor of width in place
+        return Rule(p.router_std, eps=1 / m, forward=1 / m)
     return Rule(s, decay=_no_decay(role), eps=1 / m if in_block else 1.0)
 
 
@@ -125,6 +135,8 @@ def _minicpm(p: Parametrization, role: str, fan_in: int, in_block: bool, s) -> R
     m = p.width_ratio
     if role == "hidden":
         return Rule(s / math.sqrt(m), lr=1 / m, decay=1 / m, orthogonal_lr=1 / math.sqrt(m))
+    if role == "router":
+        return Rule(p.router_std, forward=1 / m)
     return Rule(s)
 
 
@@ -139,6 +151,8 @@ def _umup(p: Parametrization, role: str, fan_in: int, in_block: bool, s) -> Rule
             return Rule(1.0, lr=1 / math.sqrt(p.cfg.width))
         case "hidden":
             return Rule(1.0, lr=depth / math.sqrt(fan_in), forward=1 / math.sqrt(fan_in), orthogonal_lr=depth)
+        case "router":
+            return Rule(1.0, lr=depth, forward=1 / fan_in)
         case "readout":
             return Rule(1.0)
     return Rule(1.0, lr=depth, decay=0.0)

@@ -44,6 +44,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array
     skipped: jax.Array  # updates skipped so far
     consecutive: jax.Array  # of them, the last ones in a row
+    auxiliary: dict[str, jax.Array]  # what `Model.auxiliary` shows of the batch; {} without one
 
 
 class Program(NamedTuple):
@@ -54,6 +55,7 @@ class Program(NamedTuple):
       Member p makes its first num_steps_P[p] steps; metrics past them are 0. The state passed in is consumed.
     evaluate: (state, tokens_PBT1, segments_PBT1, seeds_P) → (summed nll_PB, weight_PB) per row.
     take: (state, index) → one member's state. put: (state, member, index) → state, consuming it.
+    begin: (params, step) → one member's state that has these parameters after `step` steps, and nothing else behind it.
     """
 
     num_members: int
@@ -66,12 +68,21 @@ class Program(NamedTuple):
     evaluate: Callable
     take: Callable
     put: Callable
+    begin: Callable
 
 
 def init_member(model: Model, optimizer: optim.Optimizer, ema: bool, seed, init_std) -> TrainState:
-    params = model.init(jax.random.fold_in(jax.random.key(seed), INIT), init_std)
+    return begin_member(optimizer, ema, model.init(init_key(seed), init_std), jnp.int32(0))
+
+
+def begin_member(optimizer: optim.Optimizer, ema: bool, params, step) -> TrainState:
     skips = Skips(jnp.int32(0), jnp.int32(0), jnp.float32(0))
-    return TrainState(jnp.int32(0), params, optimizer.init(params), params if ema else (), skips)
+    return TrainState(step, params, optimizer.init(params), params if ema else (), skips)
+
+
+def init_key(seed):
+    """What a run's first parameters are drawn with."""
+    return jax.random.fold_in(jax.random.key(seed), INIT)
 
 
 # Streams of randomness, folded into a run's seed so that none depends on how many draws another makes.
@@ -82,9 +93,20 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
     """(state, tokens_BT1, segments_BT1 or None, hyper) → (state, Metrics): one update of one member."""
     chunk, A = cfg.objective.loss_chunk, cfg.optim.micro_batches
 
-    def loss_of(params, view: View, hyper: Hyper):
-        x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
-        return objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk)
+    def sums_of(params, view: View):
+        """Of these rows, what `model.auxiliary` reads; () without one."""
+        _, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
+        return jax.lax.stop_gradient(extras["sums"]) if model.auxiliary else ()
+
+    def loss_of(params, view: View, hyper: Hyper, whole=None):
+        """(loss, (nll, sums)) of these rows; `whole` are the sums of the whole batch where these are not all of it."""
+        x_BTD, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
+        loss, nll = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk)
+        if model.auxiliary is None:
+            return loss, (nll, ())
+        sums = jax.lax.stop_gradient(extras["sums"])
+        loss += model.auxiliary.loss(extras["sums"], sums if whole is None else whole, hyper)
+        return loss, (nll, sums)
 
     gradient = jax.grad(loss_of, has_aux=True)
 
@@ -96,17 +118,26 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
         rows = view._replace(count=None)
         micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // A, A, *a.shape[1:]), 1, 0), rows)
 
-        def add(total, rows):
-            return jax.tree.map(jnp.add, total, gradient(params, rows._replace(count=view.count), hyper)), None
+        def add_up(function, like):
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
 
-        zeros = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
-        return jax.lax.scan(add, zeros, micro)[0]
+            def add(total, rows):
+                return jax.tree.map(jnp.add, total, function(rows._replace(count=view.count))), None
+
+            return jax.lax.scan(add, zeros, micro)[0]
+
+        sums = jax.eval_shape(sums_of, params, view)
+        # The gradient of one micro-batch depends on the loads of all: these need a forward pass of their own.
+        whole = add_up(functools.partial(sums_of, params), sums) if model.auxiliary else None
+        return add_up(lambda rows: gradient(params, rows, hyper, whole), (params, (view.count, sums)))
 
     def step(state: TrainState, tokens_BT1, segments_BT1, hyper: Hyper):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), VIEW), state.step)
-        grads, loss = accumulated(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
+        grads, (loss, sums) = accumulated(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
         grads, norm = optim.clip(grads, hyper.clip_norm)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper)
+        if model.auxiliary:
+            params = model.auxiliary.settle(params, sums, hyper)
         ema = (
             jax.tree.map(lambda e, p: hyper.ema_decay * e + (1 - hyper.ema_decay) * p, state.ema, params)
             if state.ema != ()
@@ -123,7 +154,8 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
             mean_norm=jnp.where(good, jnp.where(mean > 0, 0.98 * mean + 0.02 * norm, norm), mean),
         )
         state = TrainState(state.step + 1, params, opt_state, ema, skips)
-        return state, Metrics(loss, norm, skips.total, skips.consecutive)
+        shown = model.auxiliary.metrics(sums) if model.auxiliary else {}
+        return state, Metrics(loss, norm, skips.total, skips.consecutive, shown)
 
     return step
 
@@ -160,7 +192,16 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
     members = _placed(mesh, "population")
     rows = _placed(mesh, "population", "batch")
     batches = _placed(mesh, "population", None, "batch")
-    spread = functools.partial(_over_members, mesh, num_members)
+
+    def spread(function):
+        """Over members; and the model sees the mesh, for what it does by hand on it."""
+        over_members = _over_members(mesh, num_members, function)
+
+        def within(*args):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return over_members(*args)
+
+        return within
 
     def train_member(state, tokens_KBT1, segments_KBT1, hyper_K, num_steps):
         return _many_steps(step, state, tokens_KBT1, segments_KBT1 if packed else None, hyper_K, num_steps)
@@ -188,6 +229,7 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
             out_shardings=state,
             donate_argnums=0,
         ),
+        begin=jax.jit(functools.partial(begin_member, optimizer, cfg.optim.ema_decay > 0)),
     )
 
 
@@ -195,13 +237,17 @@ def _many_steps(step, state, tokens_KBT1, segments_KBT1, hyper_K, num_steps):
     """`num_steps` <= K updates in one dispatch. The count is traced, so a shorter last stretch is the same program."""
     K = tokens_KBT1.shape[0]
 
+    def step_k(state, k):
+        segments_BT1 = None if segments_KBT1 is None else segments_KBT1[k]
+        return step(state, tokens_KBT1[k], segments_BT1, jax.tree.map(lambda a: a[k], hyper_K))
+
     def body(k, carry):
         state, metrics_K = carry
-        segments_BT1 = None if segments_KBT1 is None else segments_KBT1[k]
-        state, metrics = step(state, tokens_KBT1[k], segments_BT1, jax.tree.map(lambda a: a[k], hyper_K))
+        state, metrics = step_k(state, k)
         return state, jax.tree.map(lambda all_K, one: all_K.at[k].set(one), metrics_K, metrics)
 
-    metrics_K = Metrics(*(jnp.zeros(K, t) for t in (jnp.float32, jnp.float32, jnp.int32, jnp.int32)))
+    metrics = jax.eval_shape(step_k, state, 0)[1]
+    metrics_K = jax.tree.map(lambda a: jnp.zeros((K, *a.shape), a.dtype), metrics)
     return jax.lax.fori_loop(0, num_steps, body, (state, metrics_K))
 
 

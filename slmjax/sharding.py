@@ -12,13 +12,14 @@ AXES = ("population", "data", "fsdp", "tensor", "expert")
 
 RULES = {
     "population": "population",
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "expert": "expert",
+    "choice": None,
     "layer": None,
     "head": None,
     "seq": None,

@@ -4,6 +4,7 @@ sizes = axis("size", {"s": ladder.shape(64, 2), "m": ladder.shape(128, 4)})
 study = Study("wsd_ladder", base, branch(product(sizes, axis("optim.lr", [0.01])), [1000, 2000], decay_fraction=0.1))
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -17,13 +18,18 @@ from slmjax.config import ConfigError, RunConfig
 
 @dataclass(frozen=True)
 class Cell:
-    """Overrides of the base config, and the tags by which tables and plots name the run."""
+    """Overrides of the base config, and the tags by which tables and plots name the run.
+
+    dense: of a cell made by `upcycle`, in what the dense run it begins from differs from it beside having no experts.
+    """
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     tags: Mapping[str, Any] = field(default_factory=dict)
+    dense: Mapping[str, Any] | None = None
 
     def merged(self, other: "Cell") -> "Cell":
-        return Cell({**self.changes, **other.changes}, {**self.tags, **other.tags})
+        dense = self.dense if other.dense is None else {**(self.dense or {}), **other.dense}
+        return Cell({**self.changes, **other.changes}, {**self.tags, **other.tags}, dense)
 
 
 def axis(name: str, values: Iterable | Mapping[str, Mapping]) -> list[Cell]:
@@ -73,15 +79,44 @@ def branch(cells: list[Cell], steps: Callable[[Cell], Iterable[int]] | Iterable[
         lengths = sorted(steps(cell) if callable(steps) else steps)
         for length in lengths:
             changes = {**cell.changes, **wsd, "train.steps": length}
-            branches.append(Cell(changes, {**cell.tags, "steps": length, "role": "branch"}))
+            tags = {**cell.tags, "steps": length, "role": "branch"}
+            branches.append(dataclasses.replace(cell, changes=changes, tags=tags))
     return branches
+
+
+def upcycle(
+    cells: list[Cell],
+    at: Callable[[Cell], int] | int,
+    dense: Mapping[str, Any] | None = None,
+    noise: float = 0.0,
+    redrawn: float = 0.0,
+) -> list[Cell]:
+    """Each cell, which has experts, begins from step `at` of a dense run: its own config without the experts.
+
+    The dense run is at a constant rate, as a trunk is, and becomes part of the study. It is the beginning of the dense
+    trunk where the study has one of that config, and costs nothing then. Lengths and schedules of the cells count its
+    steps too. `branch` takes such cells, for a trunk with experts and its branches.
+
+    Args:
+      cells: what to train.
+      at: step, the same for all cells or a function of the cell.
+      dense: overrides of the dense run, of what shall not be as in the cell, e.g. {"optim.lr": 0.01}.
+      noise, redrawn: what makes the copies differ, see `slmjax.upcycle`.
+    """
+    upcycled = []
+    for cell in cells:
+        step = at(cell) if callable(at) else at
+        start = {"start.step": step, "start.noise": noise, "start.redrawn": redrawn}
+        upcycled.append(Cell({**cell.changes, **start}, cell.tags, dense or {}))
+    return upcycled
 
 
 @dataclass(frozen=True)
 class Run:
     """One training of one RunConfig. A branch has a `parent`, the trunk, and `branch_step`, where it leaves it.
 
-    A branch's config is that of the uninterrupted WSD run of its length: the two are the same run, bit for bit.
+    A branch's config is that of the uninterrupted WSD run of its length: the two are the same run, bit for bit. An
+    upcycled run's parent is the dense run that it begins from.
     """
 
     config: RunConfig
@@ -100,7 +135,7 @@ class Run:
 
     @property
     def first_step(self) -> int:
-        return self.branch_step or 0
+        return self.branch_step or self.config.start.step
 
 
 @dataclass(frozen=True)
@@ -116,24 +151,29 @@ class Study:
         Raises:
           ConfigError: an unknown key, a value that cannot run, or two cells that are the same run.
         """
-        configs = [_configure(self.base, cell.changes) for cell in self.cells]
-        leaving: dict[str, set[int]] = {}
-        for cell, cfg in zip(self.cells, configs, strict=True):
+        configured = [(cell, *_configure(self.base, cell)) for cell in self.cells]
+        trunks = _trunks(configured)
+        shared, runs = {}, []
+
+        def once(run: Run) -> Run:
+            if run.run_id not in shared:
+                shared[run.run_id] = run
+                runs.append(run)
+            return run
+
+        for cell, cfg, dense in configured:
+            if dense is not None:
+                trunk = once(trunks[_stem_id(dense)])
+                if trunk.run_id != cfg.start.run:
+                    once(Run(dense, trunk.tags | {"steps": dense.train.steps}, trunk.run_id, dense.train.steps))
             if cell.tags.get("role") == "branch":
-                leaving.setdefault(_stem_id(cfg), set()).add(config.decay_start(cfg))
-        runs, trunks = [], {}
-        for cell, cfg in zip(self.cells, configs, strict=True):
-            if cell.tags.get("role") != "branch":
-                runs.append(Run(cfg, cell.tags))
-                continue
-            if _stem_id(cfg) not in trunks:
-                trunks[_stem_id(cfg)] = _trunk(cell, cfg, leaving[_stem_id(cfg)])
-                runs.append(trunks[_stem_id(cfg)])
-            trunk = trunks[_stem_id(cfg)]
-            assert config.shared_steps(trunk.config, cfg) >= config.decay_start(cfg), "a branch must extend its trunk"
-            runs.append(Run(cfg, cell.tags, trunk.run_id, config.decay_start(cfg)))
+                trunk = once(trunks[_stem_id(cfg)])
+                assert config.shared_steps(trunk.config, cfg) >= config.decay_start(cfg), "a branch extends its trunk"
+                runs.append(Run(cfg, cell.tags, trunk.run_id, config.decay_start(cfg)))
+            else:
+                runs.append(Run(cfg, cell.tags, *_begun(cfg)))
         _refuse_repeats(runs)
-        return runs
+        return _saving(runs)
 
     def to_json(self) -> dict:
         return {
@@ -152,10 +192,19 @@ class Study:
         return folder
 
 
-def _configure(base: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
-    cfg = config.override(base, changes)
+def _configure(base: RunConfig, cell: Cell) -> tuple[RunConfig, RunConfig | None]:
+    """A cell's config, and that of the dense run it begins from: the stable phase as far as there."""
+    cfg, dense = config.override(base, cell.changes), None
+    if cell.dense is not None:
+        plain = config.flatten(RunConfig())
+        without = {
+            key: value for key, value in plain.items() if key.startswith(("model.moe.", "start.", "mesh.expert"))
+        }
+        dense = _stem(config.override(cfg, {**without, **cell.dense}), cfg.start.step)
+        config.validate(dense)
+        cfg = config.override(cfg, {"start.run": config.run_id(dense)})
     config.validate(cfg)
-    return cfg
+    return cfg, dense
 
 
 def _stem(cfg: RunConfig, steps: int) -> RunConfig:
@@ -170,11 +219,56 @@ def _stem_id(cfg: RunConfig) -> str:
     return config.run_id(_stem(cfg, steps=1))
 
 
-def _trunk(cell: Cell, cfg: RunConfig, leaving: set[int]) -> Run:
-    tags = {key: value for key, value in cell.tags.items() if key != "steps"}
-    trunk = _stem(cfg, max(leaving))
+def _trunks(configured: list[tuple[Cell, RunConfig, RunConfig | None]]) -> dict[str, Run]:
+    """Stem id → the trunk that branches and upcycled runs leave, as long as the last of them needs.
+
+    Its tags are its first branch's; without branches, what the upcycled cells have in common.
+    """
+    stems, leaving, tags = {}, {}, {}
+    for cell, cfg, _ in configured:
+        if cell.tags.get("role") == "branch":
+            stem = _stem_id(cfg)
+            stems.setdefault(stem, cfg)
+            leaving.setdefault(stem, set()).add(config.decay_start(cfg))
+            tags.setdefault(stem, cell.tags)
+    branched = set(tags)
+    for cell, _, dense in configured:
+        if dense is not None:
+            stem = _stem_id(dense)
+            stems.setdefault(stem, dense)
+            leaving.setdefault(stem, set()).add(dense.train.steps)
+            if stem not in branched:
+                before = tags.setdefault(stem, cell.tags)
+                tags[stem] = {key: value for key, value in before.items() if cell.tags.get(key) == value}
+    return {stem: _trunk(cfg, max(leaving[stem]), tags[stem]) for stem, cfg in stems.items()}
+
+
+def _trunk(cfg: RunConfig, steps: int, tags: Mapping[str, Any]) -> Run:
+    trunk = _stem(cfg, steps)
     config.validate(trunk)
-    return Run(trunk, {**tags, "role": "trunk"}, save_steps=tuple(sorted(leaving)))
+    tags = {key: value for key, value in tags.items() if key != "steps"}
+    return Run(trunk, {**tags, "role": "trunk"}, *_begun(trunk))
+
+
+def _begun(cfg: RunConfig) -> tuple[str | None, int | None]:
+    """Parent and branch step of a run that leaves no trunk: of an upcycled one, the dense run."""
+    return (cfg.start.run, cfg.start.step) if cfg.start.run else (None, None)
+
+
+def _saving(runs: list[Run]) -> list[Run]:
+    """The runs, each keeping its checkpoints where others leave it."""
+    by_id, leaving = {run.run_id: run for run in runs}, {}
+    for run in runs:
+        if run.parent is not None:
+            if run.parent not in by_id:
+                raise ConfigError(f"start.run={run.parent!r} is no run of this study; study.upcycle makes it one")
+            if run.branch_step > (steps := by_id[run.parent].config.train.steps):
+                raise ConfigError(f"start.step={run.branch_step} is past the {steps} steps of run {run.parent}")
+            leaving.setdefault(run.parent, set()).add(run.branch_step)
+    return [
+        dataclasses.replace(run, save_steps=tuple(sorted(leaving[run.run_id]))) if run.run_id in leaving else run
+        for run in runs
+    ]
 
 
 def _refuse_repeats(runs: list[Run]) -> None:
@@ -201,6 +295,21 @@ def trained_tokens(run: Run) -> int:
 
 def run_flops(run: Run) -> int:
     """FLOPs this run itself costs."""
-    cfg = run.config
-    per_token = ladder.flops_per_token(cfg.model, ladder.vocab_size(cfg), cfg.data.seq_len)["with_head"]
-    return per_token * trained_tokens(run)
+    return _flops_per_token(run.config) * trained_tokens(run)
+
+
+def total_flops(run: Run, by_id: Mapping[str, Run]) -> int:
+    """C: FLOPs behind the finished model, those of the dense run that it began from included.
+
+    by_id: the runs of the study by run_id.
+    """
+    cfg, start = run.config, run.config.start
+    tokens_per_step = cfg.train.batch_size * cfg.data.seq_len
+    own = _flops_per_token(cfg) * (cfg.train.steps - start.step) * tokens_per_step
+    if not start.run:
+        return own
+    return own + _flops_per_token(by_id[start.run].config) * start.step * tokens_per_step
+
+
+def _flops_per_token(cfg: RunConfig) -> int:
+    return ladder.flops_per_token(cfg.model, ladder.vocab_size(cfg), cfg.data.seq_len)["with_head"]

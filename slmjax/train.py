@@ -41,7 +41,8 @@ def build_program(runs: list[Run], num_members: int | None = None) -> Program:
     on_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
     split = cfg.mesh.data > 1 or any(getattr(cfg.mesh, axis) > 1 for axis in SPLIT_AXES)
     if num_members is None:
-        chains = len({run.parent or run.run_id for run in runs})
+        here = {run.run_id for run in runs}  # what a dense run of another pack is upcycled to waits for nothing here
+        chains = len({run.parent if run.parent in here else run.run_id for run in runs})
         num_members = min(len(devices), chains) if on_cpu and not split else 1
     if num_members > 1 and on_cpu:
         mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, data=1), num_members, devices[:num_members])
@@ -56,13 +57,14 @@ def build_program(runs: list[Run], num_members: int | None = None) -> Program:
 def _host_devices(cfg: config.RunConfig, devices: list) -> list:
     """The host devices of one run: what its mesh asks for; with mesh.data=0, the most its micro-batch splits over."""
     mesh, micro = cfg.mesh, cfg.train.batch_size // cfg.optim.micro_batches
-    fixed = mesh.fsdp * mesh.tensor * mesh.expert
-    fitting = (data for data in range(len(devices) // fixed, 0, -1) if micro % (data * mesh.fsdp) == 0)
+    fixed, rows = mesh.fsdp * mesh.tensor * mesh.expert, mesh.fsdp * mesh.expert
+    fitting = (data for data in range(len(devices) // fixed, 0, -1) if micro % (data * rows) == 0)
     return devices[: (mesh.data or next(fitting, 1)) * fixed]
 
 
 def _check_batch(cfg: config.RunConfig, mesh) -> None:
-    micro, shards = cfg.train.batch_size // cfg.optim.micro_batches, mesh.shape["data"] * mesh.shape["fsdp"]
+    micro = cfg.train.batch_size // cfg.optim.micro_batches
+    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["expert"]
     if micro % shards:
         raise config.ConfigError(
             f"a micro-batch of {micro} sequences does not split over {shards} devices; use a multiple of {shards} for "
@@ -114,8 +116,8 @@ class _Pack:
     def __init__(self, program: Program, waiting: list[Run], folder: Path, outcome: Outcome, progress: Progress):
         self.program, self.folder, self.outcome, self.progress = program, folder, outcome, progress
         P = program.num_members
-        self.waiting = sorted(waiting, key=lambda run: run.parent is not None)  # trunks first: others wait for them
         self.unfinished = {run.run_id for run in waiting}
+        self.waiting = sorted(waiting, key=lambda run: run.parent in self.unfinished)  # trunks first: others wait
         self.members: list[Member | None] = [None] * P
         self.state = None
         self.in_flight: collections.deque = collections.deque()
@@ -228,7 +230,7 @@ class _Pack:
         for place, (member, first, count) in enumerate(spans):
             if member and member.state == "running":
                 try:
-                    member.log(first, Metrics(*(leaf[place, :count] for leaf in metrics)))
+                    member.log(first, _rows(metrics, place, count))
                 except Exception as error:
                     self._fail(place, error)
         self.progress.update([m for m in self.members if m], len(self.waiting))
@@ -317,6 +319,11 @@ class _Pack:
             if member is not None:
                 with contextlib.suppress(Exception):  # it would hide the exception that led here
                     member.close()
+
+
+def _rows(metrics: Metrics, place: int, count: int) -> Metrics:
+    """Of one member, its first steps."""
+    return jax.tree.map(lambda leaf_PK: leaf_PK[place, :count], metrics)
 
 
 class stop_on_signal(contextlib.AbstractContextManager):

@@ -27,7 +27,7 @@ def hint_of(key: str):
 
 NUMBERS = [key for key in FLAT if hint_of(key) in (int, float)]
 
-# A value for every field that is not its default; together they are a config that runs, and so is each on its own.
+# A value for every field that is not its default, and what some fields need beside them.
 OTHER = {
     "model.build": "lab.model", "model.activation": "gelu", "model.tied_embeddings": False,
     "model.attention_pattern": ("global", "global"), "model.dtype": "bfloat16", "model.scan_layers": True,
@@ -40,7 +40,13 @@ OTHER = {
     "schedule.final_ratio": 0.1, "schedule.decay_fraction": 0.2, "data.held_out": 0.1,
     "model.qk_norm": True, "log.tensorboard": False,
     "optim.ema_decay": 0.9, "optim.spike_factor": 3.0, "model.head_dim": 16, "train.batch_size": 8, "mesh.data": 2,
+    "model.moe.num_experts": 4, "model.moe.gate": "sigmoid", "model.moe.dispatch": "capacity",
+    "model.moe.renormalise": False, "start.run": "abc", "start.redrawn": 0.5,
 }  # fmt: skip
+NEEDS = {
+    "model.moe.": {"model.moe.num_experts": 8},
+    "start.": {"model.moe.num_experts": 8, "start.run": "abcdef", "start.step": 2},
+}
 
 
 def other(key: str):
@@ -53,10 +59,17 @@ def other(key: str):
     return default * 2 or 1
 
 
+def alone(key: str) -> dict:
+    """That value, and what the field needs to run."""
+    return {k: v for group, needs in NEEDS.items() if key.startswith(group) for k, v in needs.items()} | {
+        key: other(key)
+    }
+
+
 def test_every_field_has_another_value_that_runs():
     for key in FLAT:
         assert other(key) != FLAT[key], key
-        config.validate(config.override(RunConfig(), {key: other(key)}))
+        config.validate(config.override(RunConfig(), alone(key)))
 
 
 def test_the_defaults_run():
@@ -152,7 +165,8 @@ def wrong_names():
         ("model.activation", "swigluu"), ("model.dtype", "bfloat"), ("model.remat", "ful"), ("optim.name", "adam"),
         ("model.parametrization.name", "completeP"), ("objective.name", "next-token"), ("data.packing", "segment"),
         ("schedule.name", "wds"), ("schedule.decay_shape", "1-sqr"), ("schedule.after_end", "refused"),
-        ("optim.decay_rule", "independant"), ("model.build", "transfomer"),
+        ("optim.decay_rule", "independant"), ("model.build", "transfomer"), ("model.moe.gate", "sigmod"),
+        ("model.moe.dispatch", "droples"),
     ):  # fmt: skip
         yield {key: near}, (f"{key}={near!r}", "did you mean")
     yield {"model.attention_pattern": ("globl",)}, ("model.attention_pattern='globl'", "did you mean 'global'")
@@ -166,9 +180,9 @@ def wrong_combinations():
     yield {"model.attention_pattern": ()}, ("model.attention_pattern has 0",)
     yield {"model.attention_pattern": ("window",)}, ("model.window=0",)
     yield {"optim.micro_batches": 3}, ("train.batch_size=16", "optim.micro_batches=3")
-    yield {"mesh.data": 3}, ("micro-batch of 16", "mesh.data*mesh.fsdp=3")
-    yield {"mesh.fsdp": 32}, ("micro-batch of 16", "mesh.data*mesh.fsdp=32")
-    yield {"optim.micro_batches": 16, "mesh.data": 2}, ("micro-batch of 1 ", "mesh.data*mesh.fsdp=2")
+    yield {"mesh.data": 3}, ("micro-batch of 16", "mesh.data*mesh.fsdp*mesh.expert=3")
+    yield {"mesh.fsdp": 32}, ("micro-batch of 16", "mesh.data*mesh.fsdp*mesh.expert=32")
+    yield {"optim.micro_batches": 16, "mesh.data": 2}, ("micro-batch of 1 ", "mesh.data*mesh.fsdp*mesh.expert=2")
     yield {"schedule.decay_steps": 1001}, ("schedule.decay_steps=1001", "train.steps=1000")
     yield {"schedule.warmup_steps": 950}, ("schedule.warmup_steps=950", "train.steps=1000")
     yield {"schedule.decay_shape": "half_life"}, ("schedule.half_life_steps=0",)
@@ -179,6 +193,19 @@ def wrong_combinations():
     yield {"data.decay_weights": (1.0, 2.0)}, ("data.decay_weights has 2",)
     yield {"data.sources": (), "data.weights": ()}, ("data.weights=()",)
     yield {"data.sources": ("markov:8:0",)}, ("markov:8:0", "data.tokenizer='none'")
+    yield {"model.moe.experts_per_token": 4}, ("model.moe.experts_per_token=4", "model.moe.num_experts=0")
+    yield {"model.moe.num_experts": 1}, ("model.moe.experts_per_token=2", "model.moe.num_experts=1")
+    experts = {"model.moe.num_experts": 6}
+    yield experts | {"mesh.expert": 4}, ("model.moe.num_experts=6", "mesh.expert=4", "divisor of 6")
+    yield experts | {"model.moe.leading_dense_layers": 4}, ("model.moe.leading_dense_layers=4", "model.num_layers=4")
+    yield experts | {"model.moe.every": 5}, ("model.moe.every=5", "model.num_layers=4")
+    yield experts | {"model.moe.dispatch": "expert_choice"}, ("model.moe.dispatch='expert_choice'", "leaks")
+    scanned = {"model.scan_layers": True, "model.moe.leading_dense_layers": 1, "model.moe.every": 2}
+    yield experts | scanned, ("model.scan_layers", "periods of 2 layers", "model.moe.leading_dense_layers=1")
+    yield {"start.step": 3}, ("start.step", "start.run")
+    yield {"start.run": "abc", "start.step": 3}, ("start.run='abc'", "model.moe.num_experts=0")
+    yield experts | {"start.run": "abc"}, ("start.step=0", "at least 1")
+    yield experts | {"start.run": "abc", "start.step": 1000}, ("start.step=1000", "train.steps=1000")
     for value in (math.nan, object(), {1, 2}):
         yield {"model.options": {"x": value}}, ("model.options=",)
 
@@ -219,14 +246,19 @@ def test_a_group_given_a_number_is_refused():
         config.resolve({"optim": 3})
 
 
+def without(key: str) -> RunConfig:
+    """What `alone(key)` is compared with."""
+    return config.override(RunConfig(), {k: v for k, v in alone(key).items() if k != key})
+
+
 def test_run_id_changes_with_every_field_but_mesh_and_log():
-    base, ids = config.run_id(RunConfig()), set()
+    ids = set()
     for key in FLAT:
-        changed = config.run_id(config.override(RunConfig(), {key: other(key)}))
+        base, changed = (config.run_id(cfg) for cfg in (without(key), config.override(RunConfig(), alone(key))))
         assert (changed == base) == key.startswith(("mesh.", "log.")), key
         ids |= {changed} - {base}
     assert len(ids) == sum(not key.startswith(("mesh.", "log.")) for key in FLAT)
-    assert re.fullmatch(r"[0-9a-f]{10}", base)
+    assert re.fullmatch(r"[0-9a-f]{10}", config.run_id(RunConfig()))
 
 
 def test_run_id_is_a_pure_function_of_the_values():
@@ -239,13 +271,14 @@ def test_run_id_is_a_pure_function_of_the_values():
 
 
 def test_program_id_ignores_exactly_the_inputs_of_the_step():
-    base = config.program_id(RunConfig())
     for key in FLAT:
-        same = config.program_id(config.override(RunConfig(), {key: other(key)})) == base
-        input_of_the_step = key in config.HYPER or key.startswith(("schedule.", "log."))
+        same = config.program_id(without(key)) == config.program_id(config.override(RunConfig(), alone(key)))
+        input_of_the_step = key in config.HYPER or key.startswith(("schedule.", "log.", "start."))
         # An average that is off takes no memory and no time, so turning it on is another program; its rate is not.
         assert same == (input_of_the_step and key != "optim.ema_decay"), key
-    on, other_on = (config.program_id(config.override(RunConfig(), {"optim.ema_decay": d})) for d in (0.9, 0.99))
+    base, on, other_on = (
+        config.program_id(config.override(RunConfig(), {"optim.ema_decay": d})) for d in (0, 0.9, 0.99)
+    )
     assert on == other_on != base
 
 

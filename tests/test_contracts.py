@@ -27,13 +27,16 @@ def families(package) -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(f"{package.__name__}.{name}"), "build")]
 
 
-FAMILIES, OBJECTIVES = families(slmjax.models), families(slmjax.objectives)
+OBJECTIVES = families(slmjax.objectives)
+# Every family, and the transformer also with experts for its feed-forwards.
+EXPERTS = {"model.moe.num_experts": 4, "model.moe.expert_width": 12, "model.moe.num_shared_experts": 1}
+FAMILIES = {name: {"model.build": name} for name in families(slmjax.models)} | {"moe": EXPERTS}
 EVERY_PART = {"model.qk_norm": True, "model.tied_embeddings": False, "model.scan_layers": True}
 
 
 def pair(family: str, objective: str):
     """(config, Model, Objective) with every optional part of a model switched on."""
-    cfg = tiny({**EVERY_PART, "model.build": family, "objective.name": objective})
+    cfg = tiny({**EVERY_PART, **FAMILIES[family], "objective.name": objective})
     return cfg, models.build(cfg.model), objectives.build(cfg.objective)
 
 
@@ -112,8 +115,9 @@ def test_gradients_are_finite_and_every_parameter_has_one(trio, seed):
     model, _, gradient = trio
     (loss, _), grads = gradient(draw(model), random_tokens(seed, 2, 17), random_segments(seed, 2, 17))
     assert math.isfinite(loss)
-    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
-        assert np.isfinite(grad).all() and np.abs(grad).max() > 0, jax.tree_util.keystr(path)
+    for (path, spec), grad in zip(specs_of(model), jax.tree.leaves(grads), strict=True):
+        assert np.isfinite(grad).all(), path
+        assert (np.abs(grad).max() > 0) == (spec.role != "balance"), path
 
 
 def test_the_future_does_not_leak_where_the_objective_is_causal(trio, seed):
@@ -147,12 +151,12 @@ def test_the_parameter_tree_is_frozen(family, golden):
     for scheme in SCHEMES:
         values = {"name": scheme, "base_width": 4, "base_layers": 1, "depth_alpha": 0.5, "init_std": 0.1}
         changes = {f"model.parametrization.{key}": value for key, value in values.items()}
-        cfg = tiny({**EVERY_PART, **changes, "model.build": family}).model
+        cfg = tiny({**EVERY_PART, **changes, **FAMILIES[family]}).model
         model, p = models.build(cfg), Parametrization(cfg)
         lines += [f"# {scheme}, 4 x the base width, 2 x the base depth", "path shape axes init decay lr_mult"]
         for path, spec in specs_of(model):
             rule = model.rules(spec)
-            init = "1" if spec.role == "norm" else "0" if spec.role == "bias" else f"{rule.init_std:.6g}"
+            init = "1" if spec.role == "norm" else "0" if spec.role in ("bias", "balance") else f"{rule.init_std:.6g}"
             shape, axes = ("x".join(map(str, spec.shape)), ",".join(spec.axes))
             lines.append(f"{path} {shape} {axes} {init} {rule.decay:.6g} {rule.lr:.6g}")
         forward = (p.embed_multiplier, *p.residual(0), *p.residual(1), p.attention_scale, p.logits_multiplier)

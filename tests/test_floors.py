@@ -17,7 +17,7 @@ FLOORS = {
     3: "sharding data tokenizer schedules parametrization devices",
     4: "models objectives",
     5: "evaluate checkpoint lease optim sample tensorboard progress",
-    6: "program member",
+    6: "program upcycle member",
     7: "train check bench",
     8: "cli launchers environment __main__",
 }

@@ -1,12 +1,13 @@
 """Closed-form counts equal the published ones, the model's own specs, and XLA's count where XLA can count."""
 
+import dataclasses
 import math
 
 import jax
 import pytest
 from tiny import random_tokens, subsets, tiny
 
-from slmjax import config, ladder, models, objectives
+from slmjax import config, ladder, models, objectives, optim, program
 from slmjax.config import ConfigError, ModelConfig, RunConfig
 from slmjax.models import is_spec
 
@@ -23,11 +24,14 @@ def groups_of_specs(model: ModelConfig) -> dict[str, int]:
     """Parameters of the real model, by shape evaluation alone, grouped as `Counts` groups them."""
     built = models.build(model)
     shapes = jax.eval_shape(built.init, jax.random.key(0))
-    counts = {"embedding": 0, "head": 0, "dense": 0}
+    counts = {"embedding": 0, "head": 0, "dense": 0, "experts": 0}
     for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         group = {"embed": "embedding", "head": "head"}.get(path[0].key, "dense")
-        counts[group] += math.prod(leaf.shape)
-    assert sum(counts.values()) == sum(math.prod(s.shape) for s in jax.tree.leaves(built.specs, is_leaf=is_spec))
+        if path[-2].key == "moe" and path[-1].key in ("up", "gate", "down"):
+            group = "experts"
+        if path[-1].key != "balance":  # state, which no gradient trains
+            counts[group] += math.prod(leaf.shape)
+    assert models.count_params(built.specs, model) == ladder.count_params(model, model.vocab_size)
     return counts
 
 
@@ -60,10 +64,69 @@ SHAPES = subsets(
 def test_groups_equal_the_specs(changes):
     model = tiny({**changes, "model.num_layers": 3, "model.head_dim": 6, "model.mlp_width": 20}).model
     counts = ladder.count_params(model, 32)
-    assert groups_of_specs(model) == {"embedding": counts.embedding, "head": counts.head, "dense": counts.dense}
+    assert groups_of_specs(model) == {
+        "embedding": counts.embedding, "head": counts.head, "dense": counts.dense, "experts": 0}  # fmt: skip
     assert counts.total == sum(groups_of_specs(model).values()) == counts.active
     assert counts.non_embedding == counts.dense
     assert counts.to_dict()["total"] == counts.total
+
+
+# Mixtures as their authors print them: (shape, vocabulary, untied, total, active), embeddings and head included.
+# OLMoE normalises queries and keys over all heads together, where we do each head: 16 x (4096 - 256) gains fewer.
+MIXTURES = {
+    "mixtral-8x7b": (ladder.shape(4096, 32, 128, 3.5, 8) | {"model.moe.num_experts": 8}, 32_000, 46_702_792_704, 12.88),
+    "olmoe-1b-7b": (
+        ladder.shape(2048, 16, 128, 0.5) | {"model.moe.num_experts": 64, "model.moe.experts_per_token": 8,
+                                            "model.qk_norm": True},
+        50_304, 6_919_161_856 - 16 * (4096 - 256), 1.282),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_counts_of_published_mixtures(name):
+    shape, vocab, total, active_billion = MIXTURES[name]
+    changes = {**shape, "model.vocab_size": vocab, "model.tied_embeddings": False}
+    model = config.override(RunConfig(), changes).model
+    counts = ladder.count_params(model, vocab)
+    assert counts.total == total == sum(groups_of_specs(model).values())
+    assert counts.active / 1e9 == pytest.approx(active_billion, abs=5e-3)
+
+
+def test_counts_of_minicpm_moe():
+    """2404.06395, section 6: eight copies of every feed-forward of the 2.4B model, two of them active."""
+    model = config.override(RunConfig(), {**ladder.minicpm("2.4b"), "model.moe.num_experts": 8}).model
+    counts = ladder.count_params(model, 122_753)
+    assert (counts.non_embedding, counts.active_non_embedding) == (13_590_468_864, 4_035_320_064)
+
+
+MOE_SHAPES = subsets(
+    {
+        "model.moe.num_shared_experts": [0, 2],
+        "model.moe.leading_dense_layers": [0, 1],
+        "model.moe.every": [1, 2],
+        "model.activation": ["swiglu", "gelu"],
+    }
+)
+
+
+@pytest.mark.parametrize("changes", MOE_SHAPES, ids=lambda c: "-".join(str(v) for v in c.values()))
+def test_groups_of_a_mixture_equal_the_specs(changes):
+    model = tiny({**changes, **ladder.mixture(24, 6, 2, changes["model.moe.num_shared_experts"]),
+                  "model.num_layers": 5}).model  # fmt: skip
+    counts, groups = ladder.count_params(model, 32), groups_of_specs(model)
+    assert (counts.dense, counts.experts) == (groups["dense"], groups["experts"])
+    assert 3 * counts.active_experts == counts.experts > 0
+    # As many active weights as the dense model of the same mlp_width, and the routers.
+    routers = 16 * 6 * model.feed_forwards.count("moe")
+    dense = dataclasses.replace(model, moe=config.MoeConfig())
+    assert counts.active_non_embedding == ladder.count_params(dense, 32).non_embedding + routers
+    ours, theirs = (ladder.flops_per_token(m, 32, 16)["without_head"] for m in (model, dense))
+    assert ours == theirs + 6 * routers
+
+
+def test_a_mixture_that_does_not_split_is_refused():
+    with pytest.raises(ConfigError, match=r"model.mlp_width=25 does not split into 2"):
+        ladder.mixture(25, 8, 2)
 
 
 def test_flops_of_deepseek():
@@ -142,3 +205,26 @@ def test_vocabulary_that_cannot_be_known_is_refused():
 def test_shape_refuses_a_width_its_heads_do_not_divide():
     with pytest.raises(ConfigError, match=r"model.width=100.*head_dim=64"):
         ladder.shape(100, 2)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"optim.name": "muon"}, {"optim.ema_decay": 0.9}], ids=["adamw", "muon", "ema"]
+)
+@pytest.mark.parametrize("experts", [{}, ladder.mixture(24, 6, 2, 1)], ids=["dense", "experts"])
+def test_bytes_of_a_run_are_those_of_its_state(changes, experts):
+    cfg = tiny({**changes, **experts, "model.tied_embeddings": False})
+    model = models.build(cfg.model)
+    optimizer = optim.build(cfg.optim, model)
+    state = jax.eval_shape(lambda: program.init_member(model, optimizer, cfg.optim.ema_decay > 0, 0, 1.0))
+    balance = sum(4 * math.prod(s.shape) for s in jax.tree.leaves(model.specs, is_leaf=is_spec) if s.role == "balance")
+
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.params)}
+
+    def size(tree):  # of what mirrors the parameters; Muon also keeps its three coefficients
+        return sum(4 * leaf.size for leaf in jax.tree.leaves(tree) if leaf.shape in shapes)
+
+    ours = ladder.state_bytes(cfg)
+    assert ours["params"] == ours["gradients"] == size(state.params) - balance
+    assert ours["moments"] == size(state.opt_state) - 2 * balance
+    assert ours["ema"] == (size(state.ema) - balance if cfg.optim.ema_decay else 0)
+    assert ours["total"] == sum(size for name, size in ours.items() if name != "total")

@@ -114,7 +114,7 @@ def by_hand(cfg, params, tokens_BT):
         y = part(RMSNorm(cfg), weights["attention_norm"], x)
         x = skip * x + branch * part(Attention(cfg, kind), weights["attention"], y, None, "causal")
         y = part(RMSNorm(cfg), weights["mlp_norm"], x)
-        x = mlp_skip * x + mlp_branch * part(Mlp(cfg), weights["mlp"], y)
+        x = mlp_skip * x + mlp_branch * part(Mlp(cfg, cfg.mlp_width), weights["mlp"], y)
     x = part(RMSNorm(cfg), params["final_norm"], x)
     readout = params["embed"]["table"].T if cfg.tied_embeddings else params["head"]["kernel"]
     return x @ readout * p.logits_multiplier
@@ -286,7 +286,7 @@ def test_feed_forward_activations(activation, seed):
     hidden = ACTIVATIONS[activation](x @ weights["up"], x @ weights["gate"])
     if activation in ("gelu", "relu2"):
         del weights["gate"]
-    ours = Mlp(tiny({"model.activation": activation}).model).apply({"params": weights}, x)
+    ours = Mlp(tiny({"model.activation": activation}).model, 24).apply({"params": weights}, x)
     np.testing.assert_allclose(ours, hidden @ weights["down"], atol=5e-3)  # GELU's tanh form is good to 1e-3
     if activation in ("swiglu", "relu2"):
         np.testing.assert_allclose(ours, hidden @ weights["down"], atol=1e-5)

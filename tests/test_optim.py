@@ -196,10 +196,12 @@ def test_hyper_is_the_configs_numbers_times_the_schedule():
     changes = {
         "optim.lr": 0.02, "optim.weight_decay": 0.3, "optim.b1": 0.7, "optim.b2": 0.8, "optim.eps": 1e-6,
         "optim.momentum": 0.6, "optim.clip_norm": 2.0, "optim.ema_decay": 0.5, "optim.spike_factor": 4.0,
-        "objective.z_loss": 1e-4, "train.seed": 5,
+        "objective.z_loss": 1e-4, "train.seed": 5, "model.moe.num_experts": 4, "model.moe.balance_weight": 0.03,
+        "model.moe.z_weight": 0.002, "model.moe.bias_rate": 0.004,
     }  # fmt: skip
     h = optim.hyper_at(tiny(changes), 0.25)
     assert h == optim.Hyper(
-        *(np.float32(v) for v in (0.005, 0.0015, 0.7, 0.8, 1e-6, 0.6, 2.0, 0.5, 4.0, 1e-4)), seed=np.uint32(5)
+        *(np.float32(v) for v in (0.005, 0.0015, 0.7, 0.8, 1e-6, 0.6, 2.0, 0.5, 4.0, 1e-4, 0.03, 0.002, 0.004)),
+        seed=np.uint32(5),
     )
     assert {leaf.dtype for leaf in h[:-1]} == {np.dtype("float32")} and h.seed.dtype == np.uint32

@@ -85,11 +85,18 @@ MESHES = [
     {"mesh.data": 2, "mesh.tensor": 2},
     {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, "objective.loss_chunk": 16, "optim.micro_batches": 2},
 ]
+EXPERTS = {"model.moe.num_experts": 4, "model.moe.expert_width": 12, "model.moe.bias_rate": 0.01}
+EXPERT_MESHES = [{"mesh.expert": 4}, {"mesh.data": 1, "mesh.fsdp": 2, "mesh.expert": 2},
+                 {"mesh.data": 1, "mesh.tensor": 2, "mesh.expert": 2, "optim.micro_batches": 2}]  # fmt: skip
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "-".join(f"{k.split('.')[1]}{v}" for k, v in m.items()))
+@pytest.mark.parametrize(
+    "mesh",
+    [*MESHES, *(EXPERTS | mesh for mesh in EXPERT_MESHES)],
+    ids=lambda m: "-".join(f"{k.split('.')[1]}{v}" for k, v in m.items()),
+)
 def test_four_devices_give_the_losses_of_one(mesh, seed):
-    changes = {"optim.lr": 0.02, "train.steps": 8}
+    changes = {"optim.lr": 0.02, "train.steps": 8} | {k: v for k, v in mesh.items() if k in EXPERTS}
     # One batch, eight times: it is learned, so the updates must be the same too.
     batches = [jax.tree.map(lambda a: np.repeat(a, 8, 0), random_batches(seed, tiny(), 1))]
     one, four = (train(solo(c, devices), [tiny(c)], batches) for c, devices in ((changes, 1), ({**changes, **mesh}, 4)))
@@ -114,15 +121,16 @@ def one_update(changes: dict, objective: Objective, tokens, segments):
     return step(state, tokens, segments, optim.hyper_at(cfg, 1.0))
 
 
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("weights", ["even", "uneven"])
-def test_micro_batches_are_one_batch(weights, seed):
+def test_micro_batches_are_one_batch(weights, changes, seed):
     objective = objectives.build(config.ObjectiveConfig())
     objective = objective if weights == "even" else objective._replace(view=uneven_weights)
     cfg = tiny()
     tokens, segments = (a[0] for a in random_batches(seed, cfg, 1))
-    state, metrics = one_update({}, objective, tokens, segments)
+    state, metrics = one_update(changes, objective, tokens, segments)
     for k in (2, 4):
-        split, split_metrics = one_update({"optim.micro_batches": k}, objective, tokens, segments)
+        split, split_metrics = one_update({**changes, "optim.micro_batches": k}, objective, tokens, segments)
         assert_same(split_metrics, metrics, rtol=1e-5)
         assert_same(split.params, state.params, rtol=1e-4, atol=1e-6)
 
@@ -150,13 +158,14 @@ HORIZONS = [
 ]
 
 
+@pytest.mark.parametrize("changes", [{}, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("how", ["spread", "batched"])
-def test_members_of_a_population_are_solo_runs(how, seed):
-    cfgs = [tiny(changes) for changes in HORIZONS]
+def test_members_of_a_population_are_solo_runs(how, changes, seed):
+    cfgs = [tiny(changes | horizon) for horizon in HORIZONS]
     batches = [random_batches(seed + i, cfg, cfg.train.steps) for i, cfg in enumerate(cfgs)]
-    together = train(population(3, how), cfgs, batches)
+    together = train(population(3, how, changes), cfgs, batches)
     for i, cfg in enumerate(cfgs):
-        alone, n = train(solo(), [cfg], [batches[i]]), cfg.train.steps
+        alone, n = train(solo(changes), [cfg], [batches[i]]), cfg.train.steps
         np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-6)
         assert (together.loss[i, n:] == 0).all() and (together.grad_norm[i, n:] == 0).all()
         assert int(together.state.step[i]) == int(alone.state.step[0]) == n

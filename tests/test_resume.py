@@ -28,7 +28,17 @@ MIXTURE = {
 }
 
 
-@pytest.mark.parametrize("features", [EVERYTHING, MIXTURE], ids=["accumulation-ema-skips", "muon-mixture"])
+EXPERTS = {
+    "model.moe.num_experts": 4,
+    "model.moe.bias_rate": 0.01,
+    "optim.ema_decay": 0.9,
+    "schedule.warmup_steps": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "features", [EVERYTHING, MIXTURE, EXPERTS], ids=["accumulation-ema-skips", "muon-mixture", "experts-bias"]
+)
 def test_stopped_at_random_steps_and_at_boundaries(features, tmp_path, seed):
     run = make_run(features)
     steps, cfg = run.config.train.steps, run.config

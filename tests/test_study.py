@@ -11,7 +11,8 @@ from tiny import tiny
 
 from slmjax import config, ladder, records, study
 from slmjax.config import ConfigError
-from slmjax.study import Cell, Study, axis, branch, chain, product, zipped
+from slmjax.launchers.plan import make_plan
+from slmjax.study import Cell, Study, axis, branch, chain, product, upcycle, zipped
 
 BASE = tiny({"train.steps": 100})
 SIZES = axis("size", {"s": {"model.width": 16}, "m": {"model.width": 32, "model.num_layers": 4}})
@@ -176,6 +177,96 @@ def test_study_json_says_what_a_report_needs(tmp_path):
     assert saved["runs"][1] == {
         "run_id": made.runs[1].run_id, "tags": made.runs[1].tags, "parent": made.runs[0].run_id, "branch_step": 36
     }  # fmt: skip
+
+
+# ---- dense trunk → experts ------------------------------------------------------------------------------------------
+
+EXPERTS = Cell({"model.moe.num_experts": 4}, {"experts": 4})
+MORE = Cell({"model.moe.num_experts": 8}, {"experts": 8})
+
+
+def test_upcycled_cells_begin_from_the_stable_phase_of_their_own_config_without_experts():
+    cells = product(SIZES, upcycle([EXPERTS, MORE], at=30, noise=0.1))
+    runs = Study("up", BASE, cells).runs
+    sources = [run for run in runs if run.parent is None]
+    assert len(runs) == 2 + 4 and len(sources) == 2, "a dense run for each size, and experts share it"
+    for source, (size, width) in zip(sources, (("s", 16), ("m", 32)), strict=True):
+        cfg = source.config
+        assert cfg.model.moe == config.MoeConfig() and cfg.start == config.StartConfig()
+        assert (cfg.model.width, cfg.train.steps, cfg.schedule.name) == (width, 30, "constant")
+        assert source.save_steps == (30,) and source.tags == {"size": size, "role": "trunk"}
+        begun = [run for run in runs if run.parent == source.run_id]
+        assert [run.tags for run in begun] == [{"size": size, "experts": 4}, {"size": size, "experts": 8}]
+        for run in begun:
+            assert run.config.start == config.StartConfig(source.run_id, 30, 0.1)
+            assert run.branch_step == run.first_step == 30 and run.config.train.steps == 100
+            assert runs.index(source) < runs.index(run)
+
+
+def test_upcycled_cells_compose_with_branches_in_any_order_and_with_overrides_of_the_dense_run():
+    one = branch(upcycle([EXPERTS], at=30, dense={"optim.lr": 0.5}), LENGTHS, decay_fraction=0.1)
+    other = upcycle(branch([EXPERTS], LENGTHS, decay_fraction=0.1), at=lambda cell: 30, dense={"optim.lr": 0.5})
+    runs = Study("up", BASE, one).runs
+    assert runs == Study("up", BASE, other).runs
+    source, trunk, *branches = runs
+    assert source.config.optim.lr == 0.5 != trunk.config.optim.lr
+    assert (trunk.parent, trunk.branch_step, trunk.save_steps) == (source.run_id, 30, (36, 54, 90))
+    assert [(run.parent, run.branch_step) for run in branches] == [(trunk.run_id, step) for step in (36, 54, 90)]
+    assert {run.config.start.run for run in (trunk, *branches)} == {source.run_id}
+    assert len(study.packs(runs)) == 2  # one program dense, one with experts
+
+
+def test_where_there_is_a_dense_trunk_its_beginning_costs_nothing():
+    dense = branch([Cell({}, {"experts": 0})], LENGTHS, decay_fraction=0.1)
+    sparse = chain(
+        upcycle([EXPERTS], at=30), upcycle([MORE], at=90), upcycle([EXPERTS.merged(Cell({}, {"at": 20}))], at=20)
+    )
+    for cells in (chain(dense, sparse), chain(sparse, dense)):
+        runs = Study("up", BASE, cells).runs
+        by_id = {run.run_id: run for run in runs}
+        [trunk] = [run for run in runs if run.parent is None]
+        assert trunk.save_steps == (20, 30, 36, 54, 90) and trunk.tags == {"experts": 0, "role": "trunk"}
+        begun = {run.config.start.step: run for run in runs if run.config.start.run}
+        for step in (20, 30):
+            source = by_id[begun[step].parent]
+            assert (source.parent, source.branch_step, source.config.train.steps) == (trunk.run_id, step, step)
+            assert study.run_flops(source) == 0
+        assert begun[90].parent == trunk.run_id
+
+
+def test_an_upcycled_runs_identity_does_not_change_with_what_else_is_in_the_study():
+    alone = {run.run_id for run in Study("up", BASE, upcycle([EXPERTS], at=30)).runs}
+    later = chain(branch([Cell()], [60, 100]), upcycle([EXPERTS], at=30), upcycle([MORE], at=50))
+    assert alone < {run.run_id for run in Study("up", BASE, later).runs}
+
+
+def test_an_upcycled_model_costs_its_dense_steps_and_its_own():
+    runs = Study("up", BASE, branch(upcycle([EXPERTS], at=30), [60], decay_fraction=0.1)).runs
+    source, _, leaf = runs
+    dense, sparse = (ladder.flops_per_token(run.config.model, 32, 16)["with_head"] * 64 for run in (source, leaf))
+    assert sparse > dense
+    assert [study.run_flops(run) for run in runs] == [30 * dense, 24 * sparse, 6 * sparse]
+    by_id = {run.run_id: run for run in runs}
+    assert [study.total_flops(run, by_id) for run in runs] == [
+        30 * dense, 30 * dense + 24 * sparse, 30 * dense + 30 * sparse
+    ]  # fmt: skip
+    plan = make_plan(Study("up", BASE, branch(upcycle([EXPERTS], at=30), [60], decay_fraction=0.1)))
+    assert plan.separate_flops == 30 * dense + 30 * sparse == plan.own_flops
+
+
+@pytest.mark.parametrize(
+    "cells, message",
+    [
+        (upcycle([Cell()], at=30), "model.moe.num_experts=0"),
+        (upcycle([EXPERTS], at=100), "start.step=100 .*train.steps=100"),
+        (upcycle([EXPERTS], at=30, dense={"schedule.warmup_steps": 40}), "schedule.warmup_steps=40 .*train.steps=30"),
+        (branch(upcycle([EXPERTS], at=50), [40, 100]), "start.step=50 must .*train.steps=40"),
+        ([EXPERTS.merged(Cell({"start.run": "0123456789", "start.step": 5}))], "'0123456789' is no run of this study"),
+    ],
+)
+def test_upcycled_cells_that_cannot_run_are_refused(cells, message):
+    with pytest.raises(ConfigError, match=message):
+        Study("bad", BASE, cells).runs  # noqa: B018
 
 
 def test_planning_a_thousand_runs_is_instant_and_loads_no_jax():

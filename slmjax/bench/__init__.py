@@ -5,6 +5,7 @@ a ratio is the median of the ratios of neighbouring slices. `plain_jax` is the b
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -28,16 +29,26 @@ from slmjax.program import Program
 from slmjax.study import Run
 
 ROUNDS = 7
-BASELINE = "plain JAX"
+BASELINE, DENSE = "plain JAX", "slmjax, dense"
+
+
+BUILTIN = {  # width, layers, head width, positions, sequences, vocabulary, loss chunk
+    "a": (64, 4, 16, 256, 16, 4096, 1024),
+    "s": (64, 2, 16, 128, 8, 512, 0),
+    "e": (256, 2, 32, 256, 16, 1024, 1024),
+}
 
 
 def builtin(name: str) -> RunConfig:
-    """The two shapes of benchmarks/README.md: `a`, where the vocabulary dominates, and `s`, a wind tunnel's cell."""
-    width, layers, seq_len, batch, vocab, chunk = {"a": (64, 4, 256, 16, 4096, 1024), "s": (64, 2, 128, 8, 512, 0)}[
-        name
-    ]
+    """The shapes of benchmarks/README.md: `a`, where the vocabulary dominates, `s`, a wind tunnel's cell, and `e`, 8
+    experts of which 2 are active."""
+    width, layers, head_dim, seq_len, batch, vocab, chunk = BUILTIN[name]
     changes = {"data.seq_len": seq_len, "data.packing": "concat", "train.batch_size": batch, "model.vocab_size": vocab}
-    return config.override(RunConfig(), ladder.shape(width, layers, 16) | changes | {"objective.loss_chunk": chunk})
+    shape = ladder.shape(width, layers, head_dim)
+    if name == "e":
+        shape |= ladder.mixture(shape["model.mlp_width"], 8, 2)
+        shape["mesh.steps_per_dispatch"] = 2  # a step takes a quarter of a second on two cores
+    return config.override(RunConfig(), shape | changes | {"objective.loss_chunk": chunk})
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Row:
     compile_warm_s: float | None = None  # the same from the persistent cache
     step_mb: float | None = None  # device memory of one step, arguments included, as XLA plans it
     mfu: float | None = None  # of the data sheet's peak, where it is known
+    dense_ratio: float | None = None  # of a model with experts, against the dense one of equal active parameters
 
 
 @dataclass(frozen=True)
@@ -96,8 +108,9 @@ def trainer(prog: Program, cfg: RunConfig) -> Callable[[int], None]:
 
 
 def plain_shape(cfg: RunConfig) -> plain_jax.Shape:
-    """The baseline's sizes for a config; what else the config asks of the model, the baseline leaves out."""
-    model = config.to_dict(cfg.model)
+    """The baseline's sizes for a config; what else the config asks of the model, the baseline leaves out. For experts
+    it is the dense model of equal active parameters."""
+    model = config.to_dict(ladder.dense_twin(cfg.model) if cfg.model.moe.num_experts else cfg.model)
     sizes = {key: model[key] for key in plain_jax.Shape._fields if key in model}
     return plain_jax.Shape(**sizes, seq_len=cfg.data.seq_len, batch_size=cfg.train.batch_size)
 
@@ -263,6 +276,11 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
         count = len(jax.devices())
         spread = [Run(config.override(cfg, {"train.seed": seed})) for seed in range(count)]
         programs[f"slmjax, {count} members spread"] = train.build_program(spread, count)
+    if cfg.model.moe.num_experts:
+        dense = dataclasses.replace(cfg, model=ladder.dense_twin(cfg.model))
+        programs[DENSE] = train.build_program([Run(dense)])
+        capacity = config.override(cfg, {"model.moe.dispatch": "capacity"})
+        programs["slmjax, capacity one-hot"] = train.build_program([Run(capacity)])
     shape = plain_shape(cfg)
     compiled = {what: compile_seconds(prog.train, *train_arguments(prog, cfg)) for what, prog in programs.items()}
     step, params, opt_state = plain_jax.make_step(shape)
@@ -295,6 +313,7 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
             gflop_per_s / peak,
             *compiled[what],
             sheet and flops * speed / (sheet * len(jax.devices())),
+            median_ratio(speeds, measured[DENSE]) if DENSE in measured else None,
         )
 
     return Result(

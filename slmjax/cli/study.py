@@ -81,11 +81,13 @@ def _plan(flags: FlagValues) -> int:
         options.print_json(plan.to_json() | {"seconds": seconds})
         return 0
     programs = list(dict.fromkeys(run.program_id for run in plan.runs))
+    sparse = any(run.N_total != run.N for run in plan.runs)
     rows = [
         {
             "run": run.run_id,
             "tags": _tags(run.tags),
             "N": show.count(run.N),
+            **({"N total": show.count(run.N_total)} if sparse else {}),
             "D": show.count(run.D),
             "D/N": f"{run.tokens_per_param:.3g}",
             "C": f"{run.C:.2e}",

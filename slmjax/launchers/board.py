@@ -107,7 +107,7 @@ class Board:
                 if run.run_id in self.done:
                     paid += self.cost[run.run_id]
                 elif said := self._status(pack, run):
-                    span = run.config.train.steps - run.first_step
+                    span = max(1, run.config.train.steps - run.first_step)
                     paid += self.cost[run.run_id] * max(0, said.get("step", 0) - run.first_step) / span
         return paid
 

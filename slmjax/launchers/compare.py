@@ -6,6 +6,7 @@ from typing import Any
 
 from slmjax import records
 from slmjax.config import ConfigError, nearest
+from slmjax.scaling.points.runs import flops_at
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,6 @@ def _distinct(values) -> list:
 
 
 def _own_flops(run: records.RunRecords) -> float:
-    steps = run.end["step"] - (run.start["branch_step"] or 0)
-    return steps * run.start["tokens_per_step"] * run.start["flops_per_token"]["with_head"]
+    first = (run.start["branch_step"] or 0) * run.start["tokens_per_step"]
+    first = max(first, run.start.get("inherited_tokens", 0))
+    return flops_at(run.start, run.end["tokens"]) - flops_at(run.start, first)

@@ -16,7 +16,7 @@ from pathlib import Path
 from slmjax import environment, launchers, records
 from slmjax.launchers import Pack
 from slmjax.launchers.board import Board
-from slmjax.study import Study
+from slmjax.study import Run, Study
 
 TICK_S = 0.2
 MAX_LAUNCHES = 3  # of a pack whose process is killed from outside: for lack of memory, most often
@@ -86,7 +86,17 @@ class _Launcher:
         if place.pack and self.has_ended(place):
             self.ended(place)
         if place.pack is None and self.waiting and not self.signals:
-            self.start(place, self.waiting.pop(0))
+            ready = [pack for pack in self.waiting if not self.must_wait(pack)]
+            if ready or not self.busy():
+                pack = (ready or self.waiting)[0]
+                self.waiting.remove(pack)
+                self.start(place, pack)
+
+    def must_wait(self, pack: Pack) -> bool:
+        """Whether another pack has still to reach a checkpoint that runs of this one begin from."""
+        others = [other for other in (*self.waiting, *(place.pack for place in self.busy())) if other is not pack]
+        coming = {run.run_id for other in others for run in other.unfinished}
+        return any(run.parent in coming and not _saved(pack.folder, run) for run in pack.unfinished)
 
     def start(self, place: Place, pack: Pack) -> None:
         """Starts the pack's process; or takes on the one that an earlier launcher left behind."""
@@ -167,3 +177,8 @@ class _Launcher:
         if self.signals or "preempted" in states:
             return 3 if states else 0
         return 4 if states == {"diverged"} else 1 if states else 0
+
+
+def _saved(folder: Path, run: Run) -> bool:
+    """Whether the checkpoint is there that this run begins from; `slmjax.checkpoint` publishes it by a rename."""
+    return (folder / run.parent / "checkpoints" / f"step-{run.branch_step:08d}").exists()

@@ -12,11 +12,12 @@ class PlannedRun:
     run_id: str
     tags: dict[str, Any]
     parent: str | None
-    N: int  # non-embedding parameters
+    N: int  # non-embedding parameters that a token passes
+    N_total: int  # those of all experts
     D: int  # tokens the finished model has seen
     tokens_per_param: float
-    C: int  # FLOPs of those tokens
-    own_flops: int  # what this run adds: a branch starts from its trunk
+    C: int  # FLOPs of those tokens, each by the model that it trained
+    own_flops: int  # what this run adds: a branch starts from its trunk, an upcycled run from a dense one
     own_tokens: int
     steps: int
     first_step: int
@@ -49,7 +50,8 @@ class Plan:
 
 
 def make_plan(source: Study) -> Plan:
-    runs = [_planned(run) for run in source.runs]
+    by_id = {run.run_id: run for run in source.runs}
+    runs = [_planned(run, by_id) for run in source.runs]
     trunks = {run.parent for run in runs}
     return Plan(
         name=source.name,
@@ -58,21 +60,23 @@ def make_plan(source: Study) -> Plan:
         own_flops=sum(run.own_flops for run in runs),
         own_tokens=sum(run.own_tokens for run in runs),
         branched_flops=sum(run.own_flops for run in runs if run.parent or run.run_id in trunks),
-        separate_flops=sum(run.C for run in runs if run.parent),
+        separate_flops=sum(run.C for run in runs if run.parent and run.run_id not in trunks),
     )
 
 
-def _planned(run: study.Run) -> PlannedRun:
+def _planned(run: study.Run, by_id: dict[str, study.Run]) -> PlannedRun:
     cfg = run.config
-    N, D = ladder.count_params(cfg.model, ladder.vocab_size(cfg)).non_embedding, ladder.num_tokens(cfg)
+    counts, D = ladder.count_params(cfg.model, ladder.vocab_size(cfg)), ladder.num_tokens(cfg)
+    N = counts.active_non_embedding
     return PlannedRun(
         run_id=run.run_id,
         tags=dict(run.tags),
         parent=run.parent,
         N=N,
+        N_total=counts.non_embedding,
         D=D,
         tokens_per_param=D / N,
-        C=ladder.train_flops(cfg),
+        C=study.total_flops(run, by_id),
         own_flops=study.run_flops(run),
         own_tokens=study.trained_tokens(run),
         steps=cfg.train.steps,

@@ -30,16 +30,34 @@ class ParamSpec(NamedTuple):
         return self.axes[0] == "layer"
 
 
+class Auxiliary(NamedTuple):
+    """What a model asks of the trainer beside the objective's loss.
+
+    `sums` are extras["sums"]: totals over tokens, which add over micro-batches; `whole` are those of the whole batch,
+    without a gradient. `hyper` is the step's optim.Hyper.
+
+    loss: (sums, whole, hyper) → scalar added to the loss, linear in `sums`.
+    settle: (params, whole, hyper) → params, after every update that is made.
+    metrics: whole → {name: array}, which logs show.
+    """
+
+    loss: Callable
+    settle: Callable
+    metrics: Callable
+
+
 class Model(NamedTuple):
     """A family's pure functions. `params` is a nested dict of float32 arrays laid out as `specs`.
 
     init: (key, init_std=None) → params. Each tensor's draw depends on the key and its own path alone.
     hidden: (params, tokens_BT, segments_BT or None, attention "causal" | "full") → (x_BTD, extras).
-      extras["activations"] holds mean absolute activations by name, scalars or one per layer, for the coordinate check.
+      extras["activations"] holds mean absolute activations by name, scalars or one per layer, for the coordinate check;
+      extras["sums"], of a model with `auxiliary`, what that reads.
     readout: params → what `unembed` reads of them, laid out for its product.
     unembed: (readout, x_...D) → float32 logits_...V. Apart from `hidden`, so that a loss may take it in chunks.
     specs: nested dict of ParamSpec.
     rules: ParamSpec → Rule.
+    auxiliary: None, or what beside the objective's loss is to be minimised, kept up and logged.
     """
 
     init: Callable
@@ -48,6 +66,7 @@ class Model(NamedTuple):
     unembed: Callable
     specs: dict
     rules: Callable[[ParamSpec], Rule]
+    auxiliary: Auxiliary | None = None
 
     def apply(self, params, tokens_BT, segments_BT=None, attention: str = "causal"):
         """float32 logits_BTV and extras."""
@@ -66,21 +85,26 @@ def is_spec(x) -> bool:
     return isinstance(x, ParamSpec)
 
 
-def count_params(specs: dict) -> Counts:
-    """Parameters by group, of any family; of the dense decoder equal to the closed form, `ladder.count_params`."""
-    groups = {"embed": 0, "readout": 0, "other": 0}
+def count_params(specs: dict, cfg: ModelConfig) -> Counts:
+    """Parameters by group, of any family; of the transformer equal to the closed form, `ladder.count_params`.
+
+    Experts are what has an axis of that name; of each, experts_per_token are active. A balance bias is state.
+    """
+    groups = {"embed": 0, "readout": 0, "experts": 0, "balance": 0, "other": 0}
     for spec in jax.tree.leaves(specs, is_leaf=is_spec):
-        groups[spec.role if spec.role in groups else "other"] += math.prod(spec.shape)
-    return Counts(embedding=groups["embed"], head=groups["readout"], dense=groups["other"])
+        group = "experts" if "expert" in spec.axes else spec.role
+        groups[group if group in groups else "other"] += math.prod(spec.shape)
+    active = groups["experts"] * cfg.moe.experts_per_token // max(1, cfg.moe.num_experts)
+    return Counts(groups["embed"], groups["readout"], groups["other"], groups["experts"], active)
 
 
 def init_from_specs(specs: dict, cfg: ModelConfig) -> Callable:
-    """`init(key, init_std=None) -> params`: normal draws at each role's scale, norm gains of one, biases of zero."""
+    """`init(key, init_std=None) -> params`: normal draws at each role's scale; norm gains of one, biases of zero."""
     parametrization = Parametrization(cfg)
 
     def init(key, init_std=None):
         def draw(path, spec: ParamSpec):
-            if spec.role in ("norm", "bias"):
+            if spec.role in ("norm", "bias", "balance"):
                 return jnp.full(spec.shape, 1.0 if spec.role == "norm" else 0.0, jnp.float32)
             std = parametrization.rule(spec.role, spec.fan_in, spec.in_block, init_std).init_std
             # The path, not a position in a list, picks the key: adding a tensor does not redraw the others.

@@ -3,7 +3,6 @@
 Letters: B batch, T positions, D width, H query heads, K key/value heads, C channels per head, F feed-forward.
 """
 
-import functools
 import math
 
 import flax.linen as nn
@@ -12,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from slmjax.config import ModelConfig
+from slmjax.ladder import GATED
 from slmjax.models import ParamSpec
+from slmjax.models.activation import activate
 from slmjax.models.attention import attend
 from slmjax.parametrization import Parametrization
 
@@ -38,14 +39,15 @@ class Declared(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
 def weight(module: nn.Module, name: str, shape, axes, role: str = "hidden", num_in: int = 1):
     """The one way a module gets a parameter, ready to use: at its forward scale, in the compute dtype.
 
-    The first `num_in` dimensions are the ones a product sums over. Values are drawn from the specs
-    (`models.init_from_specs`), so the initializer here only gives the shape.
+    The first `num_in` dimensions, after that of experts, are the ones a product sums over. Values are drawn from the
+    specs (`models.init_from_specs`), so the initializer here only gives the shape.
     """
     cfg = module.cfg
-    spec = ParamSpec(tuple(shape), tuple(axes), role, math.prod(shape[:num_in]))
+    first = axes.index("expert") + 1 if "expert" in axes else 0
+    spec = ParamSpec(tuple(shape), tuple(axes), role, math.prod(shape[first : first + num_in]))
     value = module.param(name, lambda key: Declared(jnp.zeros(shape, jnp.float32), spec))
     forward = Parametrization(cfg).rule(role, spec.fan_in, in_block=True).forward
-    value = value if role == "norm" else value.astype(cfg.dtype)
+    value = value if role in ("norm", "router", "balance") else value.astype(cfg.dtype)
     return value if forward == 1.0 else forward * value
 
 
@@ -113,54 +115,22 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Feed-forward, BTD → BTD: gated (SwiGLU, GeGLU: 2002.05202) or not (GELU, squared ReLU: 2109.08668)."""
+    """Feed-forward of any width, BTD → BTD."""
 
     cfg: ModelConfig
+    width: int
 
     @nn.compact
     def __call__(self, x_BTD):
-        D, F = self.cfg.width, self.cfg.mlp_width
+        D, F = self.cfg.width, self.width
         up_DF = weight(self, "up", (D, F), ("embed", "mlp"))
         down_FD = weight(self, "down", (F, D), ("mlp", "embed"))
-        h_BTF = x_BTD @ up_DF
-        match self.cfg.activation:
-            case "swiglu" | "geglu":
-                gate_DF = weight(self, "gate", (D, F), ("embed", "mlp"))
-                act = (
-                    jax.nn.silu if self.cfg.activation == "swiglu" else functools.partial(jax.nn.gelu, approximate=True)
-                )
-                h_BTF = act(x_BTD @ gate_DF) * h_BTF
-            case "gelu":
-                h_BTF = jax.nn.gelu(h_BTF, approximate=True)
-            case "relu2":
-                h_BTF = jnp.square(jax.nn.relu(h_BTF))
-        return h_BTF @ down_FD
-
-
-class Block(nn.Module):
-    """Pre-norm residual block, BTD → BTD and the mean absolute activation of each part."""
-
-    cfg: ModelConfig
-    kind: str
-
-    @nn.compact
-    def __call__(self, x_BTD, segments_BT, attention: str, scales):
-        """`scales` are ((skip, branch) of attention, (skip, branch) of feed-forward), floats or traced scalars."""
-        y_BTD = RMSNorm(self.cfg, name="attention_norm")(x_BTD)
-        attention_BTD = Attention(self.cfg, self.kind, name="attention")(y_BTD, segments_BT, attention)
-        x_BTD = _add(x_BTD, attention_BTD, scales[0])
-        mlp_BTD = Mlp(self.cfg, name="mlp")(RMSNorm(self.cfg, name="mlp_norm")(x_BTD))
-        x_BTD = _add(x_BTD, mlp_BTD, scales[1])
-        return x_BTD, {"attention": mean_abs(attention_BTD), "mlp": mean_abs(mlp_BTD), "residual": mean_abs(x_BTD)}
+        products = [x_BTD @ up_DF]
+        if self.cfg.activation in GATED:
+            products.insert(0, x_BTD @ weight(self, "gate", (D, F), ("embed", "mlp")))
+        return activate(self.cfg.activation, *products) @ down_FD
 
 
 def mean_abs(x):
     """What a coordinate check looks at. XLA drops it where nobody does."""
     return jnp.mean(jnp.abs(x.astype(jnp.float32)))
-
-
-def _add(skip, branch, scales):
-    skip_scale, branch_scale = scales
-    if not (isinstance(skip_scale, float) and skip_scale == 1.0):
-        skip = skip_scale * skip
-    return skip + (branch if isinstance(branch_scale, float) and branch_scale == 1.0 else branch_scale * branch)

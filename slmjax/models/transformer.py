@@ -1,14 +1,19 @@
-"""The dense decoder: embedding, a stack of pre-norm blocks, a final norm, and a tied or untied output matrix."""
+"""The transformer: embedding, a stack of pre-norm blocks, dense or with experts, a final norm, and an output matrix."""
 
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from slmjax.config import ModelConfig
-from slmjax.models import Model, ParamSpec, init_from_specs, is_spec
-from slmjax.models.layers import Block, RMSNorm, mean_abs, specs_of
+from slmjax.models import Model, ParamSpec, init_from_specs, is_spec, moe
+from slmjax.models.block import Block
+from slmjax.models.layers import RMSNorm, mean_abs, specs_of
 from slmjax.parametrization import Parametrization
+
+FEED_FORWARDS = ("mlp", "moe")
 
 _REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -26,23 +31,34 @@ def build(cfg: ModelConfig) -> Model:
         unembed=functools.partial(_unembed, cfg),
         specs=specs,
         rules=lambda spec: parametrization.rule(spec.role, spec.fan_in, spec.in_block),
+        auxiliary=moe.auxiliary(cfg) if "moe" in cfg.feed_forwards else None,
     )
 
 
 def _specs(cfg: ModelConfig) -> dict:
-    L, D, V = cfg.num_layers, cfg.width, cfg.vocab_size
+    """Layers are stacked on axis 0: all of them for what every layer has, those of its kind for each feed-forward."""
+    D, V, kinds = cfg.width, cfg.vocab_size, cfg.feed_forwards
     x_BTD = jax.ShapeDtypeStruct((1, 2, D), cfg.dtype)
-    block = specs_of(Block(cfg, "global"), x_BTD, None, "causal", _scales(cfg, 0))
+    blocks = {}
+    for kind in sorted(set(kinds)):
+        # Parameters do not depend on which attention is asked for; expert choice exists under full attention alone.
+        parts = specs_of(Block(cfg, "global", kind), x_BTD, None, "full", _scales(cfg, 0))
+        num = {name: kinds.count(kind) if name == kind else cfg.num_layers for name in parts}
+        blocks |= {name: _stacked(part, num[name]) for name, part in parts.items()}
     specs = {
         "embed": {"table": ParamSpec((V, D), ("vocab", "embed"), "embed", V)},
-        "blocks": jax.tree.map(
-            lambda s: s._replace(shape=(L, *s.shape), axes=("layer", *s.axes)), block, is_leaf=is_spec
-        ),
+        "blocks": blocks,
         "final_norm": specs_of(RMSNorm(cfg), x_BTD),
     }
     if not cfg.tied_embeddings:
         specs["head"] = {"kernel": ParamSpec((D, V), ("embed", "vocab"), "readout", D)}
     return specs
+
+
+def _stacked(specs, num_layers: int):
+    return jax.tree.map(
+        lambda s: s._replace(shape=(num_layers, *s.shape), axes=("layer", *s.axes)), specs, is_leaf=is_spec
+    )
 
 
 def _scales(cfg: ModelConfig, layer: int):
@@ -55,50 +71,98 @@ def _hidden(cfg: ModelConfig, params, tokens_BT, segments_BT=None, attention: st
     multiplier = Parametrization(cfg).embed_multiplier
     x_BTD = x_BTD if multiplier == 1.0 else multiplier * x_BTD
     run = _scanned if cfg.scan_layers else _unrolled
-    y_BTD, activations = run(cfg, params["blocks"], x_BTD, segments_BT, attention)
+    y_BTD, activations, sums = run(cfg, params["blocks"], x_BTD, segments_BT, attention)
     extras = {"activations": {"embed": mean_abs(x_BTD), **activations}}
+    if sums is not None:
+        extras["sums"] = sums
     return RMSNorm(cfg).apply({"params": params["final_norm"]}, y_BTD), extras
 
 
-def _block(cfg: ModelConfig, kind: str, segments_BT, attention: str):
+def _kinds(cfg: ModelConfig) -> list[tuple[str, str]]:
+    """(attention, feed-forward) of each layer."""
+    return list(zip(itertools.cycle(cfg.attention_pattern), cfg.feed_forwards, strict=False))
+
+
+def _block(cfg: ModelConfig, kind: tuple[str, str], segments_BT, attention: str):
     def apply(params, x_BTD, scales):
-        return Block(cfg, kind).apply({"params": params}, x_BTD, segments_BT, attention, scales)
+        return Block(cfg, *kind).apply({"params": params}, x_BTD, segments_BT, attention, scales)
 
     return apply if cfg.remat == "none" else jax.checkpoint(apply, policy=_REMAT[cfg.remat])
 
 
-def _unrolled(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
-    L, pattern = cfg.num_layers, cfg.attention_pattern
+def _layers(blocks, kinds: list[tuple[str, str]]) -> list[dict]:
+    """The parameters of each layer, taken apart."""
+    pieces = {name: iter(_split(part)) for name, part in blocks.items()}
+    names = [[name for name in blocks if name not in FEED_FORWARDS or name == kind] for _, kind in kinds]
+    return [{name: next(pieces[name]) for name in of_layer} for of_layer in names]
+
+
+def _split(stacked) -> list:
     # split, not indexing: its gradient is one concatenation instead of L padded arrays added up.
-    pieces, tree = jax.tree.flatten(jax.tree.map(lambda a: jax.lax.split(a, (1,) * L), blocks), is_leaf=_is_pieces)
-    activations = []
-    for layer in range(L):
-        params = jax.tree.unflatten(tree, [piece[layer][0] for piece in pieces])
-        apply = _block(cfg, pattern[layer % len(pattern)], segments_BT, attention)
-        x_BTD, seen = apply(params, x_BTD, _scales(cfg, layer))
+    leaves, tree = jax.tree.flatten(stacked)
+    num = len(leaves[0])
+    pieces = [jax.lax.split(leaf, (1,) * num) for leaf in leaves]
+    return [jax.tree.unflatten(tree, [piece[i][0] for piece in pieces]) for i in range(num)]
+
+
+def _unrolled(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
+    kinds = _kinds(cfg)
+    scales = [_scales(cfg, layer) for layer in range(cfg.num_layers)]
+    return _through(cfg, kinds, _layers(blocks, kinds), scales, x_BTD, segments_BT, attention)
+
+
+def _through(cfg: ModelConfig, kinds, layers, scales, x_BTD, segments_BT, attention: str):
+    """x_BTD after these layers, their activations stacked, and the stacked sums of those with experts, or None."""
+    activations, sums = [], []
+    for kind, params, scale in zip(kinds, layers, scales, strict=True):
+        x_BTD, seen, of_experts = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scale)
         activations.append(seen)
-    return x_BTD, jax.tree.map(lambda *a_L: jnp.stack(a_L), *activations)
+        sums += [of_experts] if of_experts is not None else []
+    return x_BTD, _stack(activations), _stack(sums)
 
 
-def _is_pieces(x) -> bool:
-    return isinstance(x, list | tuple)
+def _stack(trees: list):
+    return jax.tree.map(lambda *a: jnp.stack(a), *trees) if trees else None
 
 
 def _scanned(cfg: ModelConfig, blocks, x_BTD, segments_BT, attention: str):
-    L, P = cfg.num_layers, len(cfg.attention_pattern)
-    scales_L22 = jnp.asarray([_scales(cfg, layer) for layer in range(L)], cfg.dtype)
-    groups = jax.tree.map(lambda a: a.reshape(L // P, P, *a.shape[1:]), (blocks, scales_L22))
+    """One compiled period of layers for all that repeat it; leading dense layers have a shorter one of their own."""
+    P = len(cfg.attention_pattern)
+    leading = cfg.moe.leading_dense_layers if cfg.moe.num_experts else 0
+    activations, sums = [], []
+    spans = ((0, leading, P), (leading, cfg.num_layers, math.lcm(P, cfg.moe.every if cfg.moe.num_experts else 1)))
+    for first, last, period in spans:
+        if last > first:
+            x_BTD, seen, of_experts = _scan(cfg, first, last, period, blocks, x_BTD, segments_BT, attention)
+            activations.append(seen)
+            sums += [of_experts] if of_experts is not None else []
+    return x_BTD, _concatenate(activations), _concatenate(sums)
+
+
+def _concatenate(trees: list):
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *trees) if trees else None
+
+
+def _scan(cfg: ModelConfig, first: int, last: int, period: int, blocks, x_BTD, segments_BT, attention: str):
+    """As `_through`, for layers first..last-1, which repeat every `period`."""
+    kinds, repeats = _kinds(cfg), (last - first) // period
+    scales_L22 = jnp.asarray([_scales(cfg, layer) for layer in range(first, last)], cfg.dtype)
+
+    def grouped(name, stacked):
+        begin, end = (sum(name not in FEED_FORWARDS or name == kind for _, kind in kinds[:n]) for n in (first, last))
+        return jax.tree.map(lambda a: a[begin:end].reshape(repeats, (end - begin) // repeats, *a.shape[1:]), stacked)
+
+    present = {kind for _, kind in kinds[first:last]}
+    groups = {name: grouped(name, b) for name, b in blocks.items() if name not in FEED_FORWARDS or name in present}
 
     def body(x_BTD, group):
-        activations = []
-        for i, kind in enumerate(cfg.attention_pattern):
-            params, scales = jax.tree.map(lambda a: a[i], group)  # noqa: B023
-            x_BTD, seen = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scales)
-            activations.append(seen)
-        return x_BTD, jax.tree.map(lambda *a_P: jnp.stack(a_P), *activations)
+        params, scales_P22 = group
+        layers = _layers(params, kinds[first : first + period])
+        x_BTD, *seen = _through(cfg, kinds[first : first + period], layers, scales_P22, x_BTD, segments_BT, attention)
+        return x_BTD, seen
 
-    x_BTD, activations = jax.lax.scan(body, x_BTD, groups)
-    return x_BTD, jax.tree.map(lambda a: a.reshape(L), activations)
+    x_BTD, seen = jax.lax.scan(body, x_BTD, (groups, scales_L22.reshape(repeats, period, 2, 2)))
+    return x_BTD, *jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), seen)
 
 
 def _readout(cfg: ModelConfig, params):

@@ -16,6 +16,7 @@ import numpy as np
 from slmjax.scaling import show
 from slmjax.scaling.lines import Estimate, Line, huber_lines
 from slmjax.scaling.points import Point, PointSet
+from slmjax.scaling.points.runs import flops_at
 
 READINGS = ("records", "interpolated")
 ENDS = ("drop", "keep")
@@ -90,7 +91,7 @@ def curves_of_runs(runs, n: str = "non_embedding", flops: str = "with_head") -> 
     curves = []
     for run in runs:
         rows = [
-            (run.start["flops_per_token"][flops] * line["tokens"], line["tokens"], line["loss"])
+            (flops_at(run.start, line["tokens"], flops), line["tokens"], line["loss"])
             for line in run.evals
             if line["loss"] is not None and line["tokens"] > 0
         ]

@@ -44,6 +44,16 @@ class Run:
         return self.said.get("reason") or (self.end or {}).get("reason")
 
 
+def flops_at(start: dict, tokens: float, flops: str = "with_head") -> float:
+    """C behind a model that has seen `tokens`, from its run's start record.
+
+    An upcycled model's first tokens were seen by the dense one, at that one's cost.
+    """
+    inherited = start.get("inherited_flops", {}).get(flops, 0)
+    # As integers these products overflow NumPy.
+    return float(inherited + start["flops_per_token"][flops] * (tokens - start.get("inherited_tokens", 0)))
+
+
 def load_runs(study_dir: str | Path) -> list[Run]:
     """Every run that `study.json` lists, in its order, also those that have not started."""
     study, logged = records.load_study(study_dir)
@@ -97,12 +107,15 @@ def _point_of_run(run: Run, n: str, flops: str, trunks: set[str | None]) -> Poin
     loss = run.end["loss"]
     if not (isinstance(loss, int | float) and math.isfinite(loss) and loss > 0):
         return excluded(f"done, but its held-out loss is {loss}")
+    counts = run.start["counts"]
+    if n not in counts:
+        raise ValueError(f"{run.path}: its log counts {', '.join(counts)}, and no {n}; choose an n among these")
     D = run.end["tokens"]
     return Point(
         run_id=run.run_id,
-        N=float(run.start["counts"][n]),
+        N=float(counts[n]),
         D=float(D),
-        C=float(run.start["flops_per_token"][flops] * D),  # as integers these products overflow NumPy
+        C=flops_at(run.start, D, flops),
         loss=loss,
         se=run.end.get("loss_se"),
         family=run.start.get("family"),
