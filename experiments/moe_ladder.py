@@ -1,7 +1,7 @@
 """What experts buy: 4, 8 and 16 of them, 2 active, beside the dense model of equal active parameters and tokens.
 
     slmjax study run --study=moe_ladder --out=OUT --jobs=2
-    slmjax study compare --study=OUT/moe_ladder --rows=seed --columns=experts
+    slmjax study compare --study=OUT/moe_ladder --rows=train.seed --columns=experts
 16 runs, 4 programs, 4 seeds each; the comparison prints the mean difference to the dense model and its standard error.
 """
 

@@ -36,6 +36,12 @@ def test_activations_do_not_depend_on_width(against_width):
     assert against_width["completep"].failures() == {}
 
 
+def test_experts_and_their_router_do_not_depend_on_width_either():
+    cfg = config.override(small("completep"), ladder.mixture(160, 4, 2))
+    found = check.coordinates(cfg, "width", (64, 256), num_seeds=2)
+    assert found.failures() == {}
+
+
 def test_the_standard_parametrization_is_caught(against_width):
     slopes = against_width["sp"].slopes()
     assert min(slopes[name] for name in slopes if name.startswith(("attention", "mlp", "residual"))) > 0.8

@@ -15,7 +15,7 @@ def planted(folder, runs):
         writer = records.RunWriter(folder / f"r{i}")
         start = {"step": branch_step or 0, "branch_step": branch_step, "tokens_per_step": 10}
         writer.write("start", **start, flops_per_token={"with_head": 3})
-        writer.write("end", status=status, step=step, loss=loss, loss_se=0.01)
+        writer.write("end", status=status, step=step, tokens=10 * step, loss=loss, loss_se=0.01)
         writer.close()
     records.write_json(folder / "study.json", {"name": folder.name, "runs": entries})
     return folder
@@ -39,6 +39,14 @@ def test_cells_costs_and_best(tmp_path):
     assert table.losses[200, "wsd"] == (1.6, 0.01) and (400, "wsd") not in table.losses
     assert table.best() == {100: "wsd", 200: "cosine"}
     assert table.flops == {"cosine": 300 * 30, "wsd": (180 + 10 + 20) * 30}  # a branch costs its decay alone
+    mean, se = table.differences()["wsd"]  # of -0.1 and +0.1
+    assert (mean, se) == (pytest.approx(0, abs=1e-12), pytest.approx(0.1))
+    assert table.to_json()["differences"] == [{"schedule": "wsd", "mean": mean, "se": se}]
+
+
+def test_one_row_has_no_standard_error(tmp_path):
+    folder = planted(tmp_path, [({"lr": lr, "width": 8}, None, 9, 1.0, "done") for lr in (1, 2)])
+    assert compare(folder, "width", "lr").differences() == {}
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

@@ -6,7 +6,7 @@ status        a table of the runs, from their folders
 compare       final losses of one tag against another, e.g. --rows=width --columns=lr, and what each column cost
 logs RUN_ID   what a run has recorded (the beginning of its id will do)
 cancel        asks what is running here to save and stop
-report        fits a law and writes report.html, fit.json and figures
+report        fits a law to each model family, compares them, and writes report.html, fit.json and figures
 """
 
 import difflib
@@ -175,10 +175,15 @@ def _compare(flags: FlagValues) -> int:
             cell = f"{loss[0]:.4f}{relative}{' *' if best.get(row) == column else '  '}" if loss else "-"
             line[f"{flags.columns}={column}"] = cell
         lines.append(line)
+    less = {f"{flags.columns}={c}": f"{mean:+.4f} ± {se:.4f}  " for c, (mean, se) in table.differences().items()}
+    if less:
+        lines.append({flags.rows: "mean difference", **{key: less.get(key, "-") for key in list(lines[0])[1:]}})
     costs = {f"{flags.columns}={column}": f"{flops:.3e}  " for column, flops in table.flops.items()}
     lines.append({flags.rows: "FLOPs", **{key: costs.get(key, "-") for key in list(lines[0])[1:]}})
     options.print_table(lines)
     print("held-out loss in nats per token, relative to the first column; * the lowest of its row")
+    if less:
+        print(f"mean difference to the first column over {flags.rows}, ± its standard error over these rows")
     return 0
 
 
@@ -209,7 +214,9 @@ def _report(flags: FlagValues) -> int:
     command = f"slmjax study report --study={folder}" + (f" --budgets={','.join(flags.budgets)}" if budgets else "")
     path = write_report(folder, budgets=budgets, command=command)
     if flags.json:
-        options.print_json({"name": name, "report": str(path), "fit": str(folder / "fit.json")})
+        further = sorted(str(file) for file in folder.glob("fit-*.json"))
+        options.print_json({"name": name, "report": str(path), "fit": str(folder / "fit.json"),
+                            **({"further_fits": further} if further else {})})  # fmt: skip
     else:
         print(f"report: {path}")
     return 0

@@ -1,5 +1,7 @@
 """Final losses of a study, one tag against another: which rate, schedule or size did best, and at what cost."""
 
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,23 @@ class Comparison:
         done = {row: [c for c in self.column_values if (row, c) in self.losses] for row in self.row_values}
         return {row: min(cs, key=lambda c: self.losses[row, c][0]) for row, cs in done.items() if cs}
 
+    def differences(self) -> dict[Any, tuple[float, float]]:
+        """By column after the first: mean loss less that of the first column over the rows that have both, and the
+        standard error of that mean over these rows, two at least. Rows that are seeds make it a paired comparison."""
+        first, out = self.column_values[0] if self.column_values else None, {}
+        for column in self.column_values[1:]:
+            pairs = [((row, column), (row, first)) for row in self.row_values]
+            less = [self.losses[a][0] - self.losses[b][0] for a, b in pairs if a in self.losses and b in self.losses]
+            if len(less) > 1:
+                out[column] = statistics.mean(less), statistics.stdev(less) / math.sqrt(len(less))
+        return out
+
     def to_json(self) -> dict:
         cells = [{self.rows: r, self.columns: c, "loss": v, "loss_se": se} for (r, c), (v, se) in self.losses.items()]
         best = [{self.rows: row, self.columns: column} for row, column in self.best().items()]
-        return {"losses": cells, "best": best, "flops": [{self.columns: c, "flops": f} for c, f in self.flops.items()]}
+        less = [{self.columns: c, "mean": mean, "se": se} for c, (mean, se) in self.differences().items()]
+        flops = [{self.columns: c, "flops": f} for c, f in self.flops.items()]
+        return {"losses": cells, "best": best, "differences": less, "flops": flops}
 
 
 def compare(folder: Path, rows: str, columns: str) -> Comparison:
