@@ -38,7 +38,7 @@ def test_activations_do_not_depend_on_width(against_width):
 
 def test_experts_and_their_router_do_not_depend_on_width_either():
     cfg = config.override(small("completep"), ladder.mixture(160, 4, 2))
-    found = check.coordinates(cfg, "width", (64, 256), num_seeds=2)
+    found = check.coordinates(cfg, "width", (64, 256, 512), num_seeds=2)
     assert found.failures() == {}
 
 
