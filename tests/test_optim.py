@@ -149,6 +149,24 @@ def test_muon_orthogonalises_every_layer_by_itself(muon_step):
     assert values.max() / values.min() < 2 < before.max() / before.min()
 
 
+def test_muon_orthogonalises_every_expert_by_itself(seed):
+    """An expert whose gradient is louder moves no further than the others, and the router is left to Adam."""
+    model = models.build(tiny({"model.moe.num_experts": 4, "model.moe.expert_width": 40}).model)
+    params = jax.tree.map(lambda spec: np.zeros(spec.shape, np.float32), model.specs, is_leaf=is_spec)
+    grads = jax.tree.map(lambda w: normal(seed + w.size, *w.shape), params)
+    louder = jax.tree.map(np.copy, grads)
+    louder["blocks"]["moe"]["up"][:, 1] *= 100
+    muon = config.OptimConfig(name="muon")
+    ours, loud = (updates(muon, model, params, [g], hyper(lr=1.0))[0]["blocks"]["moe"] for g in (grads, louder))
+    np.testing.assert_allclose(loud["up"], ours["up"], atol=2e-3)
+    for expert in range(4):
+        values = np.linalg.svd(ours["up"][0, expert], compute_uv=False)
+        assert values.max() / values.min() < 2
+    [adam] = updates(config.OptimConfig(), model, params, [grads], hyper(lr=1.0))
+    assert_same(ours["router"], adam["blocks"]["moe"]["router"], rtol=1e-6, atol=1e-6)
+    assert (np.asarray(ours["balance"]) == 0).all()
+
+
 def test_muon_leaves_embedding_head_and_norms_to_adam(muon_step):
     model, params, grads, update = muon_step
     ours = update(grads)
