@@ -1,18 +1,22 @@
-"""A ladder of widths, one WSD trunk each, and a decayed branch at every token budget: the demo's scaling law.
+"""A ladder of widths, one WSD trunk each, and a decayed branch at every token budget: the demo's scaling laws.
 
     slmjax study run --study=wsd_ladder --out=OUT --jobs=2
-Four widths times four budgets on the text of the Python standard library, one learning rate for all under mup. In all
-20 runs, 4 programs and 1.9e13 FLOPs; the longest sees the text about once. Losses go from 4.2 to 3.1 nats per token.
+Four widths times four budgets on the text of the Python standard library, one learning rate for all under mup; beside
+them, at three widths and three budgets, mixtures of 8 experts, 2 active, with the active parameters of the dense model.
+In all 32 runs, 7 programs and 2.7e13 FLOPs; the longest sees the text about once. Losses of the dense models go from
+4.2 to 3.1 nats per token.
 """
 
 from ml_collections import ConfigDict
 
 from experiments import base
 from slmjax import config, ladder, study
-from slmjax.study import Study, axis, branch
+from slmjax.study import Study, axis, branch, chain, product
 
 WIDTHS = (32, 48, 64, 96)
 STEPS = (220, 440, 880, 1760)  # of 2,048 tokens: 0.45 to 3.6 million
+# Below the dense family's largest budget, so that what it needs for the mixture's loss lies among its own runs.
+MOE_WIDTHS, MOE_STEPS = (32, 64, 96), (220, 440, 880)
 HEAD_DIM = 16
 
 
@@ -31,8 +35,19 @@ def get_config(arg: str = "") -> ConfigDict:
     return c
 
 
+def sizes(widths: tuple[int, ...], family: str) -> list[study.Cell]:
+    """One cell a width; in a mixture, experts in place of the feed-forward."""
+    shapes = {width: ladder.shape(width, 2, HEAD_DIM) for width in widths}
+    if family == "moe":
+        shapes = {width: shape | ladder.mixture(shape["model.mlp_width"], 8, 2) for width, shape in shapes.items()}
+    return product(axis("width", shapes), axis("family", {family: {}}))
+
+
 def get_study(arg: str = "") -> Study:
     c = config.resolve(get_config(arg))
-    widths, steps = ((16, 32), (40, 80)) if arg == "tiny" else (WIDTHS, STEPS)
-    sizes = axis("width", {width: ladder.shape(width, 2, HEAD_DIM) for width in widths})
-    return study.Study(base.study_name("wsd_ladder", arg), c, branch(sizes, steps, decay_fraction=0.2))
+    widths, steps, moe_widths, moe_steps = WIDTHS, STEPS, MOE_WIDTHS, MOE_STEPS
+    if arg == "tiny":
+        widths, steps, moe_widths, moe_steps = (16, 32), (40, 80), (32,), (40, 80)
+    dense = branch(sizes(widths, "dense"), steps, decay_fraction=0.2)
+    moe = branch(sizes(moe_widths, "moe"), moe_steps, decay_fraction=0.2)
+    return Study(base.study_name("wsd_ladder", arg), c, chain(dense, moe))

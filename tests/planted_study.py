@@ -21,11 +21,21 @@ def shape(width):
     return N, 6 * N + 6 * VOCABULARY * width
 
 
-def write_study(folder, widths=(64, 96, 128, 192, 256), ratios=(10, 20, 40, 80), noise=0.002, seed=0, mishaps=True):
+def write_study(
+    folder,
+    widths=(64, 96, 128, 192, 256),
+    ratios=(10, 20, 40, 80),
+    noise=0.002,
+    seed=0,
+    mishaps=True,
+    mixture=None,
+    leverage=2.0,
+):
     """Per width: a trunk (constant schedule) and one branch per tokens-per-parameter ratio, all `done`.
 
     noise: standard deviation of log loss. mishaps: add a diverged, a preempted-for-good, a running and a never started
-    run, one run with a second attempt that overlaps its first, and one that repeats its data.
+    run, one run with a second attempt that overlaps its first, and one that repeats its data. mixture: (widths, ratios)
+    of a second family, "moe", of equal active parameters and FLOPs per token; see `write_run` for its leverage.
     """
     folder, rng, listing = Path(folder), np.random.default_rng(seed), []
     for width in widths:
@@ -50,6 +60,12 @@ def write_study(folder, widths=(64, 96, 128, 192, 256), ratios=(10, 20, 40, 80),
             write_run(folder / run_id, width, branch_at[ratio], total, rng, noise, trunk_id)
     if mishaps:
         listing += write_mishaps(folder, rng, noise)
+    for width in mixture[0] if mixture else ():
+        for ratio in mixture[1]:
+            run_id, total = f"m{width:04d}r{ratio:03d}", math.ceil(ratio * shape(width)[0] / TOKENS_PER_STEP)
+            tags = {"family": "moe", "width": width, "tokens_per_param": ratio}
+            listing.append({"run_id": run_id, "tags": tags, "parent": None, "branch_step": None})
+            write_run(folder / run_id, width, 0, total, rng, noise, family="moe", leverage=leverage)
     (folder / "study.json").write_text(json.dumps({"name": "planted-ladder", "runs": listing}))
     return folder
 
@@ -81,15 +97,21 @@ def write_run(
     attempt=0,
     stop=None,
     epochs=0.4,
+    family="dense",
+    leverage=1.0,
 ):
-    """One attempt: `first` is its first step, `status` None leaves it without an end, `stop` ends it early."""
+    """One attempt: `first` is its first step, `status` None leaves it without an end, `stop` ends it early.
+
+    leverage: a token is worth this many, so that at any cost per token the dense family needs as many times the compute
+    at its own optimum: min over N of L(N, b C/c(N)) is the dense minimum at b C.
+    """
     N, flops_per_token = shape(width)
     stop = stop or (total if status == "done" else total // 2)
     decay_from = first if parent else round(0.85 * total)
 
     def curve(step):
         """Stable phase lies above the annealed loss and comes down during the decay."""
-        D = max(step, 1) * TOKENS_PER_STEP
+        D = max(step, 1) * TOKENS_PER_STEP * leverage
         left = (
             1.0
             if phase == "stable" or step <= decay_from
@@ -104,10 +126,11 @@ def write_run(
         embedding=VOCABULARY * width,
         head=0,
         dense=N,
-        experts=0,
+        experts=(3 * N if family == "moe" else 0),
         active=N + VOCABULARY * width,
-        total=N + VOCABULARY * width,
-        non_embedding=N,
+        total=(4 if family == "moe" else 1) * N + VOCABULARY * width,
+        non_embedding=(4 if family == "moe" else 1) * N,
+        active_non_embedding=N,
     )
     lines = [
         line(
@@ -126,7 +149,7 @@ def write_run(
             tokenizer="b7c1f0aa93d2",
             corpus="5e0d1c77ab10",
             bytes_per_token=3.6,
-            family="dense",
+            family=family,
         )
     ]
     every = max(1, (stop - first) // 60)

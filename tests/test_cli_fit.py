@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import pytest
 from planted_study import planted_loss, write_study
 
 from slmjax import cli
+from slmjax.scaling import families
+from slmjax.scaling.report import drawing
 
 CONFIG = {"batch_size": 64, "seq_len": 256}  # tokens a step of the runs below
 NO_JAX = """
@@ -286,3 +289,84 @@ def test_columns_of_a_study_and_a_study_beside_a_table(tmp_path, runs, capsys):
         assert said in capsys.readouterr().err
     assert cli.main(["fit", str(study), "--bootstrap=100", "--where=width>=96"]) == 0
     assert "not width>=96 (--where)" in capsys.readouterr().out
+
+
+# ---- several families -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_families(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("families") / "study"
+    return write_study(folder, mixture=((64, 96, 128, 192), (10, 20, 40)), leverage=2.0, mishaps=False)
+
+
+def test_families_are_fitted_each_alone_and_compared(two_families, tmp_path, capsys):
+    line = ["fit", str(two_families), "--bootstrap=100"]
+    assert cli.main([*line, f"--json={tmp_path}/fit.json"]) == 0
+    said = capsys.readouterr().out
+    dense, moe = (json.loads((tmp_path / name).read_text()) for name in ("fit.json", "fit-moe.json"))
+    assert (dense["conventions"]["family"], moe["conventions"]["family"]) == ("dense", "moe")
+    assert dense["conventions"]["n_convention"] == moe["conventions"]["n_convention"] == "active_non_embedding"
+    assert {p["N"] for p in moe["points"]} < {p["N"] for p in dense["points"]}
+    for part in (
+        "family dense\nchinchilla",
+        "family moe\nchinchilla",
+        "leverage of moe over dense",
+        "by pairs of runs",
+    ):
+        assert part in said, part
+    rows = said[said.index("by the fitted laws") :].splitlines()[2:6]
+    assert all(1.7 < float(row.split()[2].rstrip("×")) < 2.4 for row in rows), rows
+    # The dense family alone is the same fit; of the mixture alone N counts what the user says.
+    assert cli.main([*line, "--family=dense", "--json=-"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert alone["conventions"]["n_convention"] == "non_embedding"
+    assert all(alone[name] == dense[name] for name in ("theta", "draws", "points", "parameters"))
+    assert cli.main([*line, "--family=moe", "--n=active_non_embedding", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out)["theta"] == moe["theta"]
+
+
+def test_a_family_in_a_folder_of_its_own_is_compared_the_same(two_families, tmp_path, capsys):
+    """Two sources, one family each; and the same runs as a table with a family column."""
+    listing = json.loads((two_families / "study.json").read_text())
+    folders = {}
+    for family in ("dense", "moe"):
+        folders[family] = tmp_path / family
+        shutil.copytree(two_families, folders[family])
+        mine = [run for run in listing["runs"] if (run["tags"].get("family") == "moe") == (family == "moe")]
+        (folders[family] / "study.json").write_text(json.dumps({**listing, "runs": mine}))
+    outputs = []
+    for sources in ([two_families], [folders["moe"], folders["dense"]]):
+        assert cli.main(["fit", *map(str, sources), "--bootstrap=100"]) == 0
+        said = capsys.readouterr().out
+        outputs.append(said[said.index("leverage of moe") : said.index("command:")])
+    assert outputs[0] == outputs[1]
+    rows = [p._asdict() for p in families.load([two_families]).points]
+    kept = ("run_id", "family", "N", "D", "C", "loss", "tokenizer", "corpus")
+    table = write(tmp_path / "runs.csv", [{name: row[name] for name in kept} for row in rows])
+    assert cli.main(["fit", str(table), "--bootstrap=100"]) == 0
+    said = capsys.readouterr().out
+    assert "leverage of moe over dense" in said and "n: unknown (column N)" in said
+
+
+def test_what_several_families_cannot_be_asked_is_one_line(two_families, tmp_path, capsys):
+    assert cli.main(["fit", str(two_families), "--bootstrap=100", "--json=-"]) == 2
+    assert "--json=- prints one fit, and the runs are of dense, moe" in capsys.readouterr().err
+    few = ["fit", str(two_families), "--bootstrap=100", "--where=width=64", "--where=tokens_per_param<=10"]
+    assert cli.main(few) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "dense: 1 points" in err and "moe: 1 points" in err
+
+
+def test_few_runs_without_laws_still_show_their_pairs(two_families, capsys):
+    assert cli.main(["fit", str(two_families), "--bootstrap=100", "--where=width=64"]) == 0
+    said = capsys.readouterr().out
+    assert "family dense: no fit: " in said and "by the fitted laws: not here: dense has no law" in said
+    assert "by pairs of runs, no law\n" in said
+
+
+def test_the_report_of_tables_with_families_sets_them_beside_each_other(two_families, tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "save", lambda figure, path: '<svg xmlns="http://www.w3.org/2000/svg"/>')
+    line = ["fit", str(two_families), str(two_families), "--bootstrap=100", f"--report={tmp_path}/page.html"]
+    assert cli.main(line) == 0
+    assert "Families on one compute axis" in (tmp_path / "page.html").read_text()

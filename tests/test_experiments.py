@@ -51,7 +51,8 @@ def test_tiny_studies_train_three_steps(name, tmp_path):
 
 
 def test_the_ladder_spans_widths_and_budgets_with_one_rate():
-    plan = wsd_ladder.get_study().runs
+    whole = wsd_ladder.get_study().runs
+    plan = [run for run in whole if run.tags["family"] == "dense"]
     branches = [run for run in plan if run.parent]
     widths = {run.config.model.width for run in branches}
     assert len(widths) >= 4 and len({run.config.optim.lr for run in plan}) == 1
@@ -62,6 +63,28 @@ def test_the_ladder_spans_widths_and_budgets_with_one_rate():
     assert len(budgets[min(widths)]) >= 4
     assert {run.parent for run in branches} == {run.run_id for run in plan if not run.parent}
     assert len(study.packs(plan)) == len(widths), "one program for each width"
+    said = make_plan(wsd_ladder.get_study())
+    told = f"all {len(said.runs)} runs, {said.programs} programs and {said.own_flops:.1e}".replace("e+", "e")
+    assert told in wsd_ladder.__doc__
+
+
+def test_the_ladder_sets_mixtures_of_equal_active_parameters_beside_dense_runs_of_the_same_tokens():
+    by_family = {}
+    for run in wsd_ladder.get_study().runs:
+        by_family.setdefault(run.tags["family"], []).append(run)
+    dense = {(r.config.model.width, r.config.train.steps): r for r in by_family["dense"] if r.parent}
+    moe = [run for run in by_family["moe"] if run.parent]
+    assert len({run.config.model.width for run in moe}) >= 3 and len({run.config.train.steps for run in moe}) >= 3
+    for run in moe:
+        twin = dense[run.config.model.width, run.config.train.steps]
+        assert ladder.dense_twin(run.config.model) == twin.config.model
+        assert (run.config.model.moe.num_experts, run.config.model.moe.experts_per_token) == (8, 2)
+        active, plain = (ladder.count_params(r.config.model, 1).active_non_embedding for r in (run, twin))
+        assert plain < active < 1.05 * plain, "more by the router alone"
+        longer = [steps for width, steps in dense if width == run.config.model.width and steps > run.config.train.steps]
+        assert longer, "the dense family goes on to where it reaches the mixture's loss"
+    cost = {family: sum(map(study.run_flops, runs)) for family, runs in by_family.items()}
+    assert cost["moe"] < 0.5 * cost["dense"]
 
 
 def test_wsd_vs_cosine_compares_equal_budgets_at_less_than_half_the_cost():

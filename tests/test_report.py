@@ -5,13 +5,14 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from planted_study import planted_loss, write_study
 
-from slmjax.scaling import forecast, show
-from slmjax.scaling.fit import Fit
+from slmjax.scaling import allocation, families, forecast, leverage, show
+from slmjax.scaling.fit import Fit, fit
 from slmjax.scaling.points import load_points, load_runs
-from slmjax.scaling.report import curve_plots, drawing, write_report
+from slmjax.scaling.report import curve_plots, drawing, family_plots, write_report
 
 
 class Page(HTMLParser):
@@ -151,6 +152,78 @@ def test_a_branch_is_drawn_from_where_it_leaves_its_trunk(study):
     on_trunk = trunk.get_ydata()
     assert min(on_trunk) < branch.get_ydata()[0] < max(on_trunk)
     assert branch.get_linestyle() != trunk.get_linestyle() and branch.get_ydata()[-1] < branch.get_ydata()[0]
+
+
+# --- several families ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """A study of two families, its report, and the section on them."""
+    folder = tmp_path_factory.mktemp("both")
+    (folder / "fit-moe.json").write_text("left by an earlier report")
+    write_study(folder, mixture=((64, 96, 128, 192), (10, 20, 40)), leverage=2.0)
+    html = write_report(folder).read_text()
+    begin = html.index("<h2>Families on one compute axis")
+    return folder, html, html[begin : html.index("<h2>", begin + 4)]
+
+
+def test_families_stand_on_one_compute_axis_with_the_leverage_of_their_fits(both):
+    folder, html, section = both
+    dense, moe = (Fit.from_json((folder / name).read_text()) for name in ("fit.json", "fit-moe.json"))
+    assert (dense.conventions["family"], moe.conventions["family"]) == ("dense", "moe")
+    for flops in leverage.inside_budgets(dense, moe):
+        made = leverage.measured_leverage(dense, moe, flops)
+        ends = show.interval(made.intervals[0.95], show.times)
+        assert f">{show.power_of_ten(flops)}</td>" in section
+        assert f">{show.times(made.value)}</td>" in section and f">{ends}</td>" in section
+        assert made.intervals[0.95][0] < 2.0 * 1.1 and made.intervals[0.95][1] > 2.0 / 1.1
+    for said in ("fit-moe.json", "by pairs of runs of equal size and tokens", "active non embedding", "<img alt="):
+        assert said in section, said
+    text = Page(html).text
+    assert "families: dense, fitted here, and moe, compared" in text and "Loss curves: moe" in text
+    for run in load_runs(folder):
+        assert html[html.index("<h2>Finished runs") :].count(f"<td><code>{run.run_id}</code></td>") == 1, run.run_id
+    assert {file.stem for file in (folder / "figures").glob("*.svg")} >= {"families", "loss_curves-moe"}
+
+
+def test_answer_and_law_of_the_first_family_are_those_of_its_runs_alone(both, study, path):
+    """The study without the mixture has the same dense runs."""
+    one, fitted = (Fit.from_json((folder / "fit.json").read_text()) for folder in (study, both[0]))
+    assert one.parameters == fitted.parameters and (one.draws == fitted.draws).all()
+    assert {r["reason"] for r in fitted.left_out} >= {"family 'moe', not 'dense'"}
+
+    def answer(html):
+        return html[html.index('<p class="headline">') : html.index("<ul>")]
+
+    assert answer(both[1]) == answer(path.read_text())
+
+
+def test_every_run_is_a_point_of_its_family_in_the_figure(both):
+    points = families.load([both[0]])
+    made = families.fit_families(points, lambda of_family: fit(of_family, num_bootstrap=100))
+    axes = family_plots.families_on_compute(made).axes[0]
+    for container, (name, point_set) in zip(axes.containers, made.points.items(), strict=True):
+        drawn = container.lines[0]
+        assert container.get_label() == f"{name}: runs"
+        assert sorted(zip(*drawn.get_data(), strict=True)) == sorted((p.C, p.loss) for p in point_set.points)
+        line = next(line for line in axes.lines if line.get_label() == f"{name}: compute-optimal")
+        cost = allocation.make_cost(made.fits[name], "logged")
+        C_m = line.get_xdata()
+        assert np.allclose(line.get_ydata(), allocation.frontier(made.fits[name], C_m, cost)[2])
+        assert C_m.max() <= max(p.C for p in point_set.points)
+    assert len({c.lines[0].get_marker() for c in axes.containers}) == 2, "told apart without colour"
+
+
+def test_a_further_family_without_a_law_leaves_no_fit_and_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawing, "save", lambda figure, path: '<svg xmlns="http://www.w3.org/2000/svg"/>')
+    folder = write_study(
+        tmp_path, widths=(64, 96, 128), ratios=(10, 20, 40), mishaps=False, mixture=((64, 96), (10, 20))
+    )
+    (folder / "fit-moe.json").write_text("left by an earlier report")
+    text = Page(write_report(folder).read_text()).text
+    assert not (folder / "fit-moe.json").exists() and (folder / "fit.json").exists()
+    assert "moe has no law: 4 points" in text and "At equal size dense needs" in text
 
 
 COUNTS = {950: "950", 999.7: "1k", 1.25e6: "1.25M", 7.4e10: "74B", 2.5e15: "2.5e+15", float("inf"): "unbounded"}

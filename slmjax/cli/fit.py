@@ -10,7 +10,10 @@ found by METRIC. run_id=file makes each file one run. Runs left out are listed w
 --form=auto fits the law of N and D that forecasts best the larger runs hidden from it; the fit says by which margin.
 --show adds tables: agreement (parametric, IsoFLOP and envelope side by side), choice (which form predicts larger runs
 that it has not seen), diagnosis (outliers, influence, each size left out), profile (profile likelihood), backtest.
---json keeps the fit for slmjax forecast; --report writes a page with figures beside it.
+Runs of several model families (dense, moe) are fitted each alone, N counting active parameters, and compared: the
+leverage is how much more compute the first family needs for the loss of the other; --family fits one of them.
+--json keeps the fit for slmjax forecast, that of a further family beside it (fit.json, fit-moe.json); --report writes a
+page with figures beside it.
 --verify computes published fits again from the public tables in DIR and says which numbers hold; exit 1 when one fails.
 """
 
@@ -24,8 +27,8 @@ from absl.flags import FlagValues
 
 from slmjax.cli import options
 from slmjax.config import ConfigError
+from slmjax.scaling import families, laws, points, report, verify
 from slmjax.scaling import fit as fitting
-from slmjax.scaling import laws, points, report, verify
 
 AUTO = "auto"
 
@@ -36,7 +39,10 @@ def define(flag_values: FlagValues) -> None:
 
     string("form", "chinchilla", f"the law: {', '.join(laws.names())}; auto; or a dotted module that defines `law`")
     string(
-        "n", None, f"what N counts: {', '.join(points.N_CONVENTIONS)}; a study's is non_embedding, a table's unknown"
+        "n",
+        None,
+        f"what N counts: {', '.join(points.N_CONVENTIONS)}; a study's is non_embedding (of several families "
+        "active_non_embedding), a table's unknown",
     )
     string("flops", None, f"what C counts: {', '.join(points.FLOPS_CONVENTIONS)}; a study's is with_head")
     string("family", None, "fit the runs of this model family alone")
@@ -86,6 +92,8 @@ def run(flags: FlagValues, args: list[str]) -> int:
     if flags.report and len(args) == 1 and _is_study(args[0]):
         return _study_report(flags, args)
     point_set = _point_set(flags, args)
+    if not flags.family and "family" not in flags.mix and len(point_set.families()) > 1:
+        return _fit_families(flags, args, point_set)
     fitted = _fit(flags, point_set)
     if flags.json == "-":
         print(fitted.to_json(), end="")
@@ -101,6 +109,41 @@ def run(flags: FlagValues, args: list[str]) -> int:
         print(f"fit: {flags.json}")
     if flags.report:
         print(f"report: {report.write_fit_report(point_set, fitted, Path(flags.report), command(flags, args))}")
+    return 0
+
+
+def _fit_families(flags: FlagValues, args: list[str], point_set: points.PointSet) -> int:
+    """Every family's fit, and what they say of each other."""
+    if flags.json == "-":
+        raise ConfigError(
+            f"--json=- prints one fit, and the runs are of {', '.join(point_set.families())}; name a file, or choose "
+            "with --family"
+        )
+    found = families.fit_families(point_set, lambda of_family: _fit(flags, of_family))
+    first = next(iter(found.points))
+    nothing = not found.fits and all(isinstance(comparison.pairs, str) for comparison in found.comparisons)
+    if nothing or ((flags.report or flags.json) and first in found.refusals):
+        raise ConfigError("; ".join(f"{name}: {why}" for name, why in found.refusals.items()))
+    for name, of_family in found.points.items():
+        if name in found.refusals:
+            print(f"family {name}: no fit: {found.refusals[name]}\n")
+            continue
+        print(f"family {name}\n{found.fits[name].table(flags.published)}")
+        for further in flags.show:
+            print(f"{further}\n{SHOWN[further](of_family, found.fits[name])}")
+    print(_left_out(point_set.excluded), end="")
+    for comparison in found.comparisons:
+        print(comparison.table())
+    print(f"command: {command(flags, args)}")
+    if flags.json:
+        for name, fitted in found.fits.items():
+            target = flags.json if name == first else families.family_file(flags.json, name)
+            options.write_text(target, fitted.to_json())
+            print(f"fit of {name}: {target}")
+    if flags.report:
+        page = report.write_fit_report(found.points[first], found.fits[first], Path(flags.report),
+                                       command(flags, args), compared=found)  # fmt: skip
+        print(f"report: {page}")
     return 0
 
 
@@ -191,12 +234,13 @@ def _point_set(flags: FlagValues, sources: list[str]) -> points.PointSet:
         if not colon:
             raise ConfigError(f"--join={flags.join} must read FILE:COLUMN, e.g. --join=runs.csv:Name")
         join = (path, column)
-    point_set = points.load_points(
-        sources, options.column_map(flags.columns), flags.n, flags.flops, flags.rows, flags.where, join,
-        ("N", "D") if flags.form == AUTO else laws.load_law(flags.form).inputs,
-    )  # fmt: skip
+    reading = {"columns": options.column_map(flags.columns), "flops": flags.flops, "rows": flags.rows,
+               "where": flags.where, "join": join,
+               "reads": ("N", "D") if flags.form == AUTO else laws.load_law(flags.form).inputs}  # fmt: skip
     if flags.family:
-        point_set = point_set.only(flags.family)
+        point_set = points.load_points(sources, n=flags.n, **reading).only(flags.family)
+    else:
+        point_set = families.load(sources, flags.n, **reading)
     reasons = (entry.partition("=") for entry in flags.exclude)
     point_set = point_set.exclude({run_id: reason or "no reason given" for run_id, _, reason in reasons})
     if flags.drop_highest:

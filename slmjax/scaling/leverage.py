@@ -1,14 +1,30 @@
 """Efficiency leverage of a mixture of experts: how much more compute the dense model of the same loss takes.
 
-Tian et al. 2025 (arXiv 2507.17702, "Ling"). The source prints no bases for its logarithms: 2 for the granularity and 10
-for the compute reproduce its claims.
+Published: Tian et al. 2025 (arXiv 2507.17702, "Ling"), whose source prints no bases for its logarithms: 2 for the
+granularity and 10 for the compute reproduce its claims. Measured: from the fitted laws of two families, each at its own
+compute-optimal sizes. Without laws, from pairs of runs: `leverage_pairs.py`.
+
+Letters: K pairs of draws.
 """
 
 import math
+from typing import NamedTuple
+
+import numpy as np
+
+from slmjax.scaling import show
+from slmjax.scaling.allocation import FARTHEST, Cost, allocate, best, make_cost
+from slmjax.scaling.bias_corrected import bias_corrected
+from slmjax.scaling.fit import Fit
+from slmjax.scaling.prediction import LEVELS
 
 A0, A_PER_DECADE = 1.23, -7.61e-2  # exponent of the activation ratio, and its change per factor 10 of compute
 GAMMA, BETA = 1.67e-2, -1.17e-1  # of the squared and of the plain log2 granularity
 RATIO_START, RATIO_MAX = 1.63e-2, 5.28e16
+
+BLOCK = 32  # candidates for which a law is evaluated at each other's inputs too, as its interface has it
+HALVINGS = 48  # of the log of FARTHEST squared: far below any interval
+SAME_MEANING = ("n_convention", "flops_convention", "loss_unit", "loss_kind", "tokenizer", "corpus")
 
 
 def efficiency_leverage(active_ratio: float, granularity: float, flops: float) -> float:
@@ -31,3 +47,136 @@ def efficiency_leverage(active_ratio: float, granularity: float, flops: float) -
 def best_granularity() -> float:
     """Where the leverage is largest, at every compute and ratio: the exponent's parabola in log2 G has its vertex."""
     return 2 ** (-BETA / (2 * GAMMA))
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+class Leverage(NamedTuple):
+    """C_dense / C_mixture at equal loss, both compute-optimal under their own laws.
+
+    Attributes:
+      flops, loss: the mixture's training FLOPs, and the loss that its law reaches with them.
+      value, intervals: an end is inf where the draws of the dense law never fall to that loss, -inf where they are
+        always below it. They hold the uncertainty of both laws, not an error of their form.
+      dense_reach, mixture_reach: compute over the largest run's of that family; above 1 is extrapolation.
+    """
+
+    flops: float
+    loss: float
+    value: float
+    intervals: dict[float, tuple[float, float]]
+    dense_reach: float
+    mixture_reach: float
+
+
+def measured_leverage(dense: Fit, mixture: Fit, flops: float, seed: int = 0) -> Leverage:
+    """How much more compute the dense family needs for the loss that the mixture reaches with `flops`.
+
+    N of the mixture is what its points say, active parameters for a comparison; compute is as the runs logged it, the
+    router included. The families are two bootstraps of different runs, so their draws are paired at random.
+
+    Args:
+      dense, mixture: laws of N and D, their numbers of one meaning.
+      flops: training FLOPs of the mixture.
+      seed: of the pairing.
+    Raises:
+      ValueError: numbers of different meaning, an N that FLOPs do not follow, a law without a compute-optimal size.
+    """
+    require_one_meaning(dense, mixture)
+    dense_cost, mixture_cost = logged_cost(dense), logged_cost(mixture)
+    best(mixture, flops, mixture_cost)  # refuses a law without a best size
+    num = min(len(dense.draws), len(mixture.draws))
+    pair_K = np.random.default_rng(seed).permutation(len(dense.draws))[:num]
+    target = _optimal_loss(mixture, mixture.theta[None], flops, mixture_cost)
+    target_K = _optimal_loss(mixture, mixture.draws[:num], flops, mixture_cost)
+    value_K = _compute_for(dense, np.stack([dense.theta, *dense.draws[pair_K]]),
+                           np.concatenate([target, target_K]), flops, dense_cost) / flops  # fmt: skip
+    value, draws_K1 = float(value_K[0]), bias_corrected(value_K[1:, None], value_K[:1])
+    intervals = {}
+    for level in LEVELS:
+        # Order statistics: an infinite draw stays infinite and does not become nan.
+        low, high = np.quantile(draws_K1[:, 0], [(1 - level) / 2, (1 + level) / 2], method="nearest")
+        intervals[level] = (min(float(low), value) if low > 0 else -math.inf, max(float(high), value))
+    largest = [max(p["C"] for p in fit.points) for fit in (dense, mixture)]
+    return Leverage(float(flops), float(target[0]), value, intervals, value * flops / largest[0], flops / largest[1])
+
+
+def require_one_meaning(dense: Fit, mixture: Fit) -> None:
+    """Raises ValueError unless N, C and the loss of two fits mean the same."""
+    for name in SAME_MEANING:
+        one, other = dense.conventions.get(name), mixture.conventions.get(name)
+        if one != other:
+            raise ValueError(
+                f"the families differ in {name.removesuffix('_convention').replace('_', ' ')}: {one} and {other}; a "
+                "leverage is read at equal loss on one compute axis, so load both alike"
+            )
+
+
+def logged_cost(fit: Fit) -> Cost:
+    """How the runs of a family spend compute, as they logged it."""
+    cost = make_cost(fit, "logged")
+    if cost.coefficient < 0:
+        raise ValueError(
+            f"the logged FLOPs of family {fit.conventions['family']} lie below 6 N D: its N counts parameters that a "
+            "token does not pass, as those of other experts; load it with n=active_non_embedding"
+        )
+    return cost
+
+
+def inside_budgets(dense: Fit, mixture: Fit, num: int = 4) -> list[float]:
+    """FLOPs that both families were trained with, evenly spaced in their logarithm."""
+    C_n, C_m = ([p["C"] for p in fit.points] for fit in (dense, mixture))
+    if None in C_n or None in C_m:
+        raise ValueError("the runs have no FLOPs, so there is no compute axis to compare on")
+    low, high = max(min(C_n), min(C_m)), min(max(C_n), max(C_m))
+    if low >= high:
+        raise ValueError(
+            f"no compute was spent by both families: one ends at {high:.3g} FLOPs and the other begins at {low:.3g}; "
+            "train both over one range"
+        )
+    return np.geomspace(low, high, num).tolist()
+
+
+def leverage_table(made: list[Leverage], names: tuple[str, str] = ("dense", "moe")) -> str:
+    """One line per budget."""
+    rows = [("C", "loss", "leverage", "80% interval", "95% interval", f"of {names[0]}'s largest run")]
+    rows += [
+        (
+            f"{one.flops:.3g}",
+            f"{one.loss:.4g}",
+            times(one.value),
+            *(show.interval(one.intervals[level], times) for level in LEVELS),
+            times(one.dense_reach) + (", extrapolation" if one.dense_reach > 1 else ""),
+        )
+        for one in made
+    ]
+    said = f"leverage: compute {names[0]} needs, over C, for the loss that {names[1]} reaches with C, at best sizes"
+    return "\n".join([*show.columns(rows), said]) + "\n"
+
+
+def times(ratio: float) -> str:
+    return show.times(ratio) if math.isfinite(ratio) else "unbounded"
+
+
+def _optimal_loss(fit, theta_KP, flops, cost: Cost):
+    """Loss [K] of each candidate law at its own best size of a budget, or of a budget each."""
+    flops_K = flops * np.ones(len(theta_KP))
+    # A draw in which one term vanished has no best size; its loss is read at the last one that makes sense.
+    N_K = np.clip(allocate(fit, theta_KP, flops_K, cost)[0], 1.0, flops_K)
+    u_FK = np.log([N_K, cost.tokens(N_K, flops_K)]) - fit.centre[:, None]
+    blocks = [slice(k, k + BLOCK) for k in range(0, len(theta_KP), BLOCK)]
+    return np.concatenate([np.diagonal(fit.form.loss(theta_KP[block], u_FK[:, block])[0]) for block in blocks])
+
+
+def _compute_for(fit, theta_KP, loss_K, near, cost: Cost):
+    """Least compute [K] with which each candidate law reaches a loss each: 0 or inf beyond FARTHEST of `near`."""
+    low_K, high_K = (np.full(len(theta_KP), math.log(near) + sign * math.log(FARTHEST)) for sign in (-1, 1))
+    with np.errstate(all="ignore"):
+        never_K = ~(_optimal_loss(fit, theta_KP, np.exp(high_K), cost) <= loss_K)
+        always_K = _optimal_loss(fit, theta_KP, np.exp(low_K), cost) <= loss_K
+        for _ in range(HALVINGS):
+            middle_K = 0.5 * (low_K + high_K)
+            above_K = _optimal_loss(fit, theta_KP, np.exp(middle_K), cost) > loss_K
+            low_K, high_K = np.where(above_K, middle_K, low_K), np.where(above_K, high_K, middle_K)
+    return np.where(never_K, np.inf, np.where(always_K, 0.0, np.exp(high_K)))

@@ -40,8 +40,11 @@ class Pair(NamedTuple):
 
 
 class Mean(NamedTuple):
-    """Over the sizes of one budget (D), or of all (D is None). Intervals are Student's over sizes, whose runs are
-    independent of each other; those of one size share a trunk. One size tells no scatter: unbounded."""
+    """Over the sizes of one budget (D) that has several, or over all (D is None).
+
+    Intervals are Student's over sizes, whose runs are independent of each other; those of one size may share a trunk.
+    One size tells no scatter: unbounded.
+    """
 
     D: float | None
     flops: float
@@ -84,7 +87,7 @@ class PairedLeverage:
         return (
             f"compute {first} needs, over C, for the loss of {second} at the same size; {len(self.pairs)} pairs of "
             f"equal size and tokens, read between {first}'s runs of the size"
-            + (f", {outside} beyond the last of them along their last slope (extrapolation)" if outside else "")
+            + (f", {outside} outside them along the slope at that end (extrapolation)" if outside else "")
         )
 
 
@@ -115,8 +118,9 @@ def paired_leverage(
         )
         raise ValueError(why)
     budgets = {D: [p for p in pairs if p.D == D] for D in sorted({p.D for p in pairs})}
-    means = [_mean(D, of_budget) for D, of_budget in budgets.items()]
-    if len(means) > 1:
+    # A budget of one size is in the mean over all, and alone says no more than its two runs do.
+    means = [_mean(D, of_budget) for D, of_budget in budgets.items() if len(of_budget) > 1]
+    if len(means) != 1 or len(budgets) > 1:
         means.append(_mean(None, pairs))
     return PairedLeverage(names, tuple(pairs), tuple(means), tuple(notes))
 

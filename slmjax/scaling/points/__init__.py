@@ -72,8 +72,8 @@ def load_points(
         run_id, status, tokenizer, corpus, loss_kind; metric and value of a long table; and any other input of a law,
         such as U, E or V. Without it the headers must be these names, or params, tokens, flops. Without C, C = 6 N D,
         and a note says so.
-      n: which parameter count N is: non_embedding, total or active. It chooses a study's (non_embedding when None) and
-        tells what a table's column holds (unknown when None).
+      n: which parameter count N is, one of N_CONVENTIONS. It chooses a study's (non_embedding when None) and tells what
+        a table's column holds (unknown when None). To compare families, see `families.load`.
       flops: the same for C: with_head (a study's when None) or without_head.
       rows: which rows of a run with several become points: its last, the one of least loss, or all.
       where: conditions such as "family=dense" or "C<1e21", on a table's columns, or on fields and tags of points.

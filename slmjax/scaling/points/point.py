@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from slmjax.scaling.points.names import did_you_mean, is_empty, listing, number
 
-N_CONVENTIONS = ("non_embedding", "total", "active")
+# Of a mixture of experts, non_embedding counts every expert, active_non_embedding those that a token passes.
+N_CONVENTIONS = ("non_embedding", "active_non_embedding", "total", "active")
 FLOPS_CONVENTIONS = ("with_head", "without_head")
 
 
@@ -88,6 +89,11 @@ class PointSet:
 
     def __len__(self) -> int:
         return len(self.points)
+
+    def families(self) -> tuple[str, ...]:
+        """Model families, "dense" first and the others in order of appearance; () where some points name none."""
+        found = dict.fromkeys(p.family for p in self.points)
+        return () if None in found else tuple(sorted(found, key=lambda family: family != "dense"))
 
     def only(self, family: str) -> "PointSet":
         """The points of one model family; the others become Excluded."""

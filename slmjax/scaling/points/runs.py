@@ -107,13 +107,10 @@ def _point_of_run(run: Run, n: str, flops: str, trunks: set[str | None]) -> Poin
     loss = run.end["loss"]
     if not (isinstance(loss, int | float) and math.isfinite(loss) and loss > 0):
         return excluded(f"done, but its held-out loss is {loss}")
-    counts = run.start["counts"]
-    if n not in counts:
-        raise ValueError(f"{run.path}: its log counts {', '.join(counts)}, and no {n}; choose an n among these")
     D = run.end["tokens"]
     return Point(
         run_id=run.run_id,
-        N=float(counts[n]),
+        N=float(_count(run, n)),
         D=float(D),
         C=flops_at(run.start, D, flops),
         loss=loss,
@@ -128,6 +125,16 @@ def _point_of_run(run: Run, n: str, flops: str, trunks: set[str | None]) -> Poin
         epochs=run.end.get("epochs"),
         source=run.path,
     )
+
+
+def _count(run, n):
+    counts = run.start["counts"]
+    # Logs from before there were mixtures do not say what is active: everything, without experts.
+    if n == "active_non_embedding" and n not in counts and counts.get("experts") == 0:
+        return counts["non_embedding"]
+    if n not in counts:
+        raise ValueError(f"{run.path}: its log counts {', '.join(counts)}, and no {n}; choose an n among these")
+    return counts[n]
 
 
 def _schedule_name(config):

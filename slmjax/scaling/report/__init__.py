@@ -3,7 +3,8 @@
 What will a bigger run reach, with which N and D, how sure; then the evidence: loss against compute, contours,
 back-test, choice of form, coefficients, residuals, what the fit hangs on, IsoFLOP, agreement of the methods, every run,
 every run left out, provenance. When no law can be fitted to a study the reason stands in its place, and what needs a
-law is gone.
+law is gone. Of several model families the first, dense where it is one of them, has the page, and a section sets the
+others beside it on one compute axis.
 """
 
 import json
@@ -11,17 +12,20 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from slmjax import records
-from slmjax.scaling import choose, laws
+from slmjax.scaling import choose, families, laws
+from slmjax.scaling.families import Families
 from slmjax.scaling.fit import Fit, fit
-from slmjax.scaling.points import PointSet, load_points, load_runs
+from slmjax.scaling.points import PointSet, Run, load_runs
 from slmjax.scaling.report import (
     curve_plots,
     drawing,
     evidence_plots,
     evidence_sections,
+    family_plots,
+    family_sections,
     fit_sections,
     plots,
     sections,
@@ -59,6 +63,8 @@ def write_report(
 ) -> Path:
     """Write a study's `report.html`, with `fit.json` and `figures/*.svg, *.pdf` beside it; returns its path.
 
+    The fit of a further model family goes to `fit-<family>.json`.
+
     Args:
       study_dir: the folder with study.json.
       out: folder to write to; the study folder when None.
@@ -69,32 +75,37 @@ def write_report(
     study_dir, out = Path(study_dir), Path(out or study_dir)
     evidences.require_budgets(budgets)
     reads = choose.INPUTS if law == choose.AUTO else laws.load_law(law).inputs
-    runs, point_set = load_runs(study_dir), load_points([study_dir], reads=reads)
+    runs, point_set = load_runs(study_dir), families.load([study_dir], reads=reads)
     name = records.read_json(study_dir / "study.json")["name"]
     call = f"from slmjax.scaling.report import write_report; write_report({json.dumps(str(study_dir))})"
     command = command or f"python -c {shlex.quote(call)}"
-    found, refusal = _try_fit(point_set, law)
+    shown, figures = _subject(runs, point_set, law), out / "figures"
+    files = _keep_fits(out, shown)
     body = study_sections.header(name, runs, point_set)
-    figures = out / "figures"
-    if found is None:
-        # One left by an earlier report would contradict this page.
-        (out / "fit.json").unlink(missing_ok=True)
-        body += study_sections.no_law(refusal, point_set)
-        if point_set.points:
-            body += _compute_section(figures, point_set, None)
-        body += _curves_section(figures, runs)
+    beside = _families_section(figures, shown.compared, files) + _curves_section(figures, shown.runs)
+    if shown.fit is None:
+        body += study_sections.no_law(shown.refusal, shown.points)
+        if shown.points.points:
+            body += _compute_section(figures, shown.points, None)
+        body += beside
     else:
-        _replace(out / "fit.json", found.to_json())
-        e = evidences.gather(point_set, found, budgets)
+        e = evidences.gather(shown.points, shown.fit, budgets)
         body += sections.answer(e) + sections.optimum_table(e, study_sections.bytes_per_token(runs))
-        body += _compute_section(figures, point_set, e) + _curves_section(figures, runs)
-        body += _evidence_sections(figures, e, None)
-    body += study_sections.run_tables(runs, point_set) + study_sections.provenance(runs, found, command)
+        body += _compute_section(figures, shown.points, e) + beside + _evidence_sections(figures, e, None)
+    for family in shown.further:
+        body += _curves_section(figures, _of_family(runs, family), family)
+    kept = [files[family] for family in shown.further if family in files]
+    body += study_sections.run_tables(runs, point_set) + study_sections.provenance(runs, shown.fit, command, kept)
     return _replace(out / "report.html", page(f"{name}: scaling report", body))
 
 
 def write_fit_report(
-    point_set: PointSet, fitted: Fit, path: str | Path, command: str, budgets: Sequence[float] | None = None
+    point_set: PointSet,
+    fitted: Fit,
+    path: str | Path,
+    command: str,
+    budgets: Sequence[float] | None = None,
+    compared: Families | None = None,
 ) -> Path:
     """Write the report of a fit to `path`, with `figures/*.svg, *.pdf` beside it; returns the path.
 
@@ -102,6 +113,7 @@ def write_fit_report(
       point_set: what was fitted, with the runs left out of it.
       command: what reproduces the page, printed at its end.
       budgets: FLOPs to forecast for; 1, 10, 100 and 1000 times the largest run's when None.
+      compared: this family and others, to be set beside each other.
     """
     path = Path(path)
     e, found = evidences.gather(point_set, fitted, budgets), sources.sources(point_set)
@@ -111,6 +123,7 @@ def write_fit_report(
         *sections.answer(e),
         *sections.optimum_table(e),
         *_compute_section(figures, point_set, e),
+        *_families_section(figures, compared, {}),
         *_evidence_sections(figures, e, sources.known(found, fitted)),
         *fit_sections.conventions(e),
         *fit_sections.exclusions(e),
@@ -120,11 +133,56 @@ def write_fit_report(
     return _replace(path, page(f"{fitted.law}: scaling-law fit", body))
 
 
+def _fit(point_set, law) -> Fit:
+    return choose.fit_chosen(point_set)[0] if law == choose.AUTO else fit(point_set, law)
+
+
 def _try_fit(point_set, law) -> tuple[Fit | None, str]:
     try:
-        return choose.fit_chosen(point_set)[0] if law == choose.AUTO else fit(point_set, law), ""
+        return _fit(point_set, law), ""
     except ValueError as error:
         return None, str(error)
+
+
+def _of_family(runs, name):
+    return [run for run in runs if run.start.get("family") == name]
+
+
+class _Subject(NamedTuple):
+    """What a study's page is of: the points, runs and fit of one family, and how the others compare, if there are."""
+
+    points: PointSet
+    runs: list[Run]
+    fit: Fit | None
+    refusal: str
+    compared: Families | None
+
+    @property
+    def further(self) -> list[str]:
+        return [] if self.compared is None else [*self.compared.points][1:]
+
+
+def _subject(runs, point_set, law) -> _Subject:
+    """The whole study, or its first family."""
+    names = point_set.families()
+    if len(names) < 2:
+        return _Subject(point_set, runs, *_try_fit(point_set, law), None)
+    compared = families.fit_families(point_set, lambda of_family: _fit(of_family, law))
+    fitted, refusal = compared.fits.get(names[0]), compared.refusals.get(names[0], "")
+    return _Subject(compared.points[names[0]], _of_family(runs, names[0]), fitted, refusal, compared)
+
+
+def _keep_fits(out: Path, shown: _Subject) -> dict[str | None, str]:
+    """Writes fit.json and fit-<family>.json; their names by family, None for a study that has but one."""
+    first = None if shown.compared is None else next(iter(shown.compared.points))
+    fits, files = {first: shown.fit} | {name: shown.compared.fits.get(name) for name in shown.further}, {}
+    for name, fitted in fits.items():
+        path = out / "fit.json" if name == first else families.family_file(out / "fit.json", name)
+        if fitted is None:  # one left by an earlier report would contradict this page
+            path.unlink(missing_ok=True)
+        else:
+            files[name] = _replace(path, fitted.to_json()).name
+    return files
 
 
 def _replace(path, text):
@@ -171,10 +229,22 @@ def _compute_section(folder, point_set, e: Evidence | None):
     return sections.figure(title, made, FRONTIER + (AT_EACH_SIZE if few else ""))
 
 
-def _curves_section(folder, runs):
+def _families_section(folder, compared: Families | None, files):
+    if compared is None:
+        return []
+    made = _drawn(folder, "families", lambda: family_plots.families_on_compute(compared))
+    return family_sections.families(compared, made, files)
+
+
+def _curves_section(folder, runs, family: str | None = None):
+    """family: a further one of the study, whose sizes are its active parameters."""
     if not any(run.start and (run.train or run.evals) for run in runs):
         return []
-    return sections.figure("Loss curves", _drawn(folder, "loss_curves", lambda: curve_plots.loss_curves(runs)), CURVES)
+    if family is None:
+        title, name, n = "Loss curves", "loss_curves", "non_embedding"
+    else:
+        title, name, n = f"Loss curves: {family}", f"loss_curves-{family}", families.ACTIVE
+    return sections.figure(title, _drawn(folder, name, lambda: curve_plots.loss_curves(runs, n)), CURVES)
 
 
 def _evidence_sections(folder, e: Evidence, known):

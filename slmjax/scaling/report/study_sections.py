@@ -14,6 +14,9 @@ def header(name, runs, point_set):
         f"{len(runs)} runs, {len(point_set)} finished and annealed",
         f"loss: {first.get('loss_kind', 'unknown')}, nats per token",
     ]
+    families = point_set.families()
+    if len(families) > 1:
+        said.append(f"families: {escape(families[0])}, fitted here, and {escape(', '.join(families[1:]))}, compared")
     said += [f"{key} <code>{escape(str(first[key])[:12])}</code>" for key in ("corpus", "tokenizer") if first.get(key)]
     return [
         '<p class="eyebrow">slmjax scaling report</p>',
@@ -83,7 +86,8 @@ def run_tables(runs, point_set):
     return parts
 
 
-def provenance(runs, fitted, command):
+def provenance(runs, fitted, command, further=()):
+    """further: files of the fits of other families."""
     shared, varying = _shared({run.run_id: _flat(run.provenance) for run in runs if run.provenance})
     settings, axes = _shared({run.run_id: _flat(run.config) for run in runs if run.config})
     parts = ["<h2>Provenance</h2>", f"<p>To make this page again:</p><pre>{escape(command)}</pre>"]
@@ -115,9 +119,10 @@ def provenance(runs, fitted, command):
             )
         )
     if fitted:
+        others = "".join(f" (of further families <code>{escape(name)}</code>)" for name in further)
         parts.append(
-            '<p class="note">Beside this file: the fit with its bootstrap draws, <code>fit.json</code>, and the '
-            "figures, <code>figures/</code>.</p>"
+            '<p class="note">Beside this file: the fit with its bootstrap draws, <code>fit.json</code>'
+            f"{others}, and the figures, <code>figures/</code>.</p>"
         )
     return parts
 
