@@ -184,9 +184,11 @@ def mixture(mlp_width: int, num_experts: int, experts_per_token: int, num_shared
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:
-    """The dense model with a feed-forward as wide as a token's experts together."""
-    active = model.moe.experts_per_token + model.moe.num_shared_experts
-    return replace(model, mlp_width=active * expert_width(model), moe=MoeConfig())
+    """The dense model of as many active parameters, but for routers and rounding: its feed-forwards are as wide as a
+    token's experts together, on average over the layers."""
+    active, kinds = model.moe.experts_per_token + model.moe.num_shared_experts, model.feed_forwards
+    width = kinds.count("moe") * active * expert_width(model) + kinds.count("mlp") * model.mlp_width
+    return replace(model, mlp_width=round(width / model.num_layers), moe=MoeConfig())
 
 
 # MiniCPM's wind tunnel and its two released sizes (2404.06395, tables 2 and 8): name → (width, layers, kv_heads).

@@ -195,8 +195,7 @@ class Member:
             self.writer.write("train", **line)
             self.tensorboard.scalars(step, {k: line[k] for k in ("loss", "grad_norm", "lr", "tokens_per_s")}, "train")
             for name, values in metrics.auxiliary.items():
-                if values.ndim == 2:  # one number a layer
-                    self.tensorboard.scalars(step, dict(enumerate(values[i].tolist())), f"router/{name}")
+                self.tensorboard.scalars(step, _by_layer(cfg.model, values[i]), f"router/{name}")
         self.loss, self.logged_step = float(metrics.loss[-1]), first + count
         self.num_skipped = int(metrics.skipped[-1])
         # The longest row of skips, which need not be the last: what diverges must not hang on where dispatches end.
@@ -314,6 +313,19 @@ def family(model: config.ModelConfig) -> str:
     if model.build != "transformer":
         return model.build
     return "moe" if "moe" in model.feed_forwards else "dense"
+
+
+def _by_layer(model: config.ModelConfig, values) -> dict[str, float]:
+    """Numbers of the layers with experts, or of each of their experts, by the layer's place in the model."""
+    layers = [layer for layer, kind in enumerate(model.feed_forwards) if kind == "moe"]
+    named = zip(layers if len(layers) == len(values) else range(len(values)), values, strict=True)
+    flat = {}
+    for layer, value in named:
+        if np.ndim(value):
+            flat |= {f"layer_{layer}/expert_{expert}": float(v) for expert, v in enumerate(value)}
+        else:
+            flat[f"layer_{layer}"] = float(value)
+    return flat
 
 
 def _rounded(array) -> list:

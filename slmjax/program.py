@@ -128,7 +128,7 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
 
         sums = jax.eval_shape(sums_of, params, view)
         # The gradient of one micro-batch depends on the loads of all: these need a forward pass of their own.
-        whole = add_up(functools.partial(sums_of, params), sums) if model.auxiliary else None
+        whole = add_up(functools.partial(sums_of, params), sums) if model.auxiliary else None  # a third more compute
         return add_up(lambda rows: gradient(params, rows, hyper, whole), (params, (view.count, sums)))
 
     def step(state: TrainState, tokens_BT1, segments_BT1, hyper: Hyper):

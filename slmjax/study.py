@@ -197,9 +197,7 @@ def _configure(base: RunConfig, cell: Cell) -> tuple[RunConfig, RunConfig | None
     cfg, dense = config.override(base, cell.changes), None
     if cell.dense is not None:
         plain = config.flatten(RunConfig())
-        without = {
-            key: value for key, value in plain.items() if key.startswith(("model.moe.", "start.", "mesh.expert"))
-        }
+        without = {key: value for key, value in plain.items() if key.startswith(("model.moe.", "start."))}
         dense = _stem(config.override(cfg, {**without, **cell.dense}), cfg.start.step)
         config.validate(dense)
         cfg = config.override(cfg, {"start.run": config.run_id(dense)})

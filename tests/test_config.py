@@ -45,6 +45,7 @@ OTHER = {
 }  # fmt: skip
 NEEDS = {
     "model.moe.": {"model.moe.num_experts": 8},
+    "model.moe.capacity_factor": {"model.moe.dispatch": "capacity"},
     "start.": {"model.moe.num_experts": 8, "start.run": "abcdef", "start.step": 2},
 }
 
@@ -200,6 +201,12 @@ def wrong_combinations():
     yield experts | {"model.moe.leading_dense_layers": 4}, ("model.moe.leading_dense_layers=4", "model.num_layers=4")
     yield experts | {"model.moe.every": 5}, ("model.moe.every=5", "model.num_layers=4")
     yield experts | {"model.moe.dispatch": "expert_choice"}, ("model.moe.dispatch='expert_choice'", "leaks")
+    yield experts | {"model.moe.capacity_factor": 2.0}, ("model.moe.capacity_factor=2.0", "dispatch='dropless'")
+    biased = {"model.moe.dispatch": "expert_choice", "model.moe.bias_rate": 0.1}
+    yield experts | biased, ("model.moe.bias_rate=0.1", "dispatch='expert_choice'")
+    no_sum = {"model.moe.gate": "topk_softmax", "model.moe.renormalise": False}
+    yield experts | no_sum, ("model.moe.renormalise=False", "gate='softmax'")
+    yield experts | {"model.moe.experts_per_token": 1}, ("model.moe.experts_per_token=1", "renormalise=False")
     scanned = {"model.scan_layers": True, "model.moe.leading_dense_layers": 1, "model.moe.every": 2}
     yield experts | scanned, ("model.scan_layers", "periods of 2 layers", "model.moe.leading_dense_layers=1")
     yield {"start.step": 3}, ("start.step", "start.run")

@@ -285,16 +285,15 @@ def test_what_the_mesh_does_not_divide_is_refused(axes, rows, message, seed):
 
 
 def kept_by_the_rule(expert_BTA, num_experts: int, places: int):
-    """First choices before second ones, earlier positions first, while an expert has places in the sequence."""
+    """Earlier positions first, of one position its first choice first, while an expert has places in the sequence."""
     kept_BTA = np.zeros(expert_BTA.shape, bool)
     for b, expert_TA in enumerate(expert_BTA):
         free = [places] * num_experts
-        for a in range(expert_TA.shape[1]):
-            for t in range(expert_TA.shape[0]):
-                expert = expert_TA[t, a]
-                if expert < num_experts and free[expert]:
-                    free[expert] -= 1
-                    kept_BTA[b, t, a] = True
+        for t, a in np.ndindex(expert_TA.shape):
+            expert = expert_TA[t, a]
+            if expert < num_experts and free[expert]:
+                free[expert] -= 1
+                kept_BTA[b, t, a] = True
     return kept_BTA
 
 
@@ -319,13 +318,12 @@ def test_capacity_drops_what_the_rule_drops_and_nothing_else(kind, factor, seed)
     assert_close(found, outputs_and_gradients(swiglu)(x, jnp.where(kept, expert, E), weight, kernels, direction))
 
 
-def test_later_positions_and_second_choices_are_dropped_more(seed):
+def test_later_positions_are_dropped_more(seed):
     rng = np.random.default_rng(seed)
     x, weight, kernels, _ = inputs(rng, (32, 32), num_chosen=2)
     _, kept = with_capacity(x, routing(rng, "random", (32, 32), num_chosen=2), weight, kernels, 0.75)
     dropped_TA = 1 - np.mean(kept, 0)
     assert np.all(dropped_TA[16:].mean(0) > dropped_TA[:16].mean(0))
-    assert dropped_TA[:, 1].mean() > dropped_TA[:, 0].mean()
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, math.nan, math.inf])

@@ -101,7 +101,7 @@ def of_layer(changes, seed):
 
 
 def test_the_balance_loss_has_a_gradient_that_evens_the_load(seed):
-    params, apply, _ = of_layer({"model.moe.experts_per_token": 1}, seed)
+    params, apply, _ = of_layer({"model.moe.experts_per_token": 1, "model.moe.renormalise": False}, seed)
     x_BTD = np.random.default_rng(seed).normal(size=(4, 32, 16)).astype(np.float32)
     x_BTD[..., 0] = 1  # what all tokens share makes them prefer the first experts
     params["router"][0] = np.linspace(1, -1, 4)
@@ -240,17 +240,25 @@ def test_the_weights_of_the_router_losses_are_inputs_of_the_step(seed):
         assert (ends[key]["balance"] != 0).any() == (key == "model.moe.bias_rate"), key
 
 
-def test_evaluation_leaves_the_bias_alone(seed):
+def test_evaluation_sees_the_bias_and_leaves_it_alone(seed, tmp_path):
+    """A run evaluated at every second step ends in the bits of one that was not."""
     cfg, prog = tiny(BALANCED), solo(BALANCED)
     tokens, segments = random_batches(seed, cfg, 1)
-    state = init(prog, [cfg])
-    prog.evaluate(state, tokens, segments, np.zeros(1, np.uint32))
-    assert (np.asarray(state.params["blocks"]["moe"]["balance"]) == 0).all()
-    state, _ = prog.train(
-        state, *(a[None].repeat(4, 1) for a in (tokens, segments)),
-        jax.tree.map(lambda a: np.full((1, 4), a), optim.hyper_at(cfg, 1.0)), np.ones(1, np.int32),
-    )  # fmt: skip
-    assert (np.asarray(state.params["blocks"]["moe"]["balance"]) != 0).any()
+    state, losses = init(prog, [cfg]), []
+    for pushed in (0, 100):
+        balance = state.params["blocks"]["moe"]["balance"].at[:, :, 0].set(pushed)
+        experts = {**state.params["blocks"]["moe"], "balance": balance}
+        moved = state._replace(params={**state.params, "blocks": {**state.params["blocks"], "moe": experts}})
+        losses.append(np.sum(prog.evaluate(moved, tokens, segments, np.zeros(1, np.uint32))[0]))
+    assert losses[0] != losses[1]
+    ends = []
+    for every in (0, 2):
+        run = study.Run(config.override(cfg, {"log.eval_every": every, "train.eval_sequences": 8}))
+        assert train_here(tmp_path / str(every), run, members=1) == {run.run_id: "done"}
+        logged = records.load_run(tmp_path / str(every) / run.run_id)
+        ends.append([(line["loss"], line["load"]) for line in logged.train])
+        assert len(logged.evals) == (4 if every else 1)
+    assert ends[0] == ends[1]
 
 
 def test_a_skipped_update_leaves_the_bias_alone(seed):

@@ -62,8 +62,8 @@ LEADING, EVERY, ONE = {"model.num_layers": 3}, {"model.num_layers": 4}, {"model.
 COMPLETEP = {"model.parametrization.name": "completep", "model.tied_embeddings": False, "model.activation": "geglu"}
 SAME = {  # mlp_width is 24
     "copies": (experts(4, 2), {}),
-    "copies, top 1": (experts(8, 1, routed_scale=2.5), ONE | {"model.activation": "relu2"}),
-    "2 groups": (experts(6, 4, 12, gate="topk_softmax", renormalise=False), ONE | {"model.activation": "gelu"}),
+    "copies, top 3": (experts(8, 3, routed_scale=2.5), ONE | {"model.activation": "relu2"}),
+    "2 groups": (experts(6, 4, 12, gate="topk_softmax"), ONE | {"model.activation": "gelu"}),
     "3 groups, one copy per token": (experts(6, 3, 8, gate="sigmoid"), ONE | {"model.parametrization.name": "umup"}),
     "4 groups": (experts(8, 8, 6, routed_scale=4.0), ONE | COMPLETEP),
     "leading dense layer": (experts(4, 2, 12, leading_dense_layers=1), LEADING),

@@ -37,9 +37,9 @@ class MoeConfig:
     gate: str = "softmax"  # softmax: over all experts, then top-k | topk_softmax: over the chosen ones | sigmoid
     renormalise: bool = True  # a token's weights of its chosen experts sum to 1
     routed_scale: float = 1.0  # multiplies what the routed experts give
-    router_std: float = 0.01  # of the router's initial weights (MiniCPM-MoE's code)
+    router_std: float = 0.01  # of the router's initial weights (MiniCPM-MoE's code); umup ignores it
     dispatch: str = "dropless"  # dropless | capacity: a bounded number of tokens | expert_choice: experts choose tokens
-    capacity_factor: float = 1.25  # of dispatch=capacity: places of an expert relative to an even load, per sequence
+    capacity_factor: float = 1.25  # of capacity and expert_choice: an expert's places in a sequence over an even load
     balance_weight: float = 0.01  # of the load-balance loss, 1 when even
     z_weight: float = 0.001  # of the mean squared log-partition of the router
     bias_rate: float = 0.0  # step of the loss-free balance bias; 0: off
@@ -154,7 +154,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per axis; the same numbers up to rounding whatever the mesh, so it stays out of a run's identity."""
+    """Devices per axis; the same numbers up to rounding whatever the mesh, so it stays out of a run's identity.
+
+    Where experts are chosen, a rounding may flip a choice between two that are as good as equal.
+    """
 
     data: int = 0  # 0: every device that is left
     fsdp: int = 1

@@ -131,6 +131,7 @@ def _validate_moe(cfg: RunConfig) -> None:
             f"model.moe.leading_dense_layers={moe.leading_dense_layers} and model.moe.every={moe.every} leave none of "
             f"model.num_layers={model.num_layers} with experts"
         )
+    _refuse_without_effect(moe)
     if moe.dispatch == "expert_choice" and cfg.objective.name == "next_token":
         raise ConfigError(
             "model.moe.dispatch='expert_choice' is no choice for the causal objective.name='next_token': whether an "
@@ -142,6 +143,31 @@ def _validate_moe(cfg: RunConfig) -> None:
         raise ConfigError(
             f"model.scan_layers needs whole periods of {period} layers (model.attention_pattern and model.moe.every) "
             f"after model.moe.leading_dense_layers={moe.leading_dense_layers}; use scan_layers=False"
+        )
+
+
+def _refuse_without_effect(moe: MoeConfig) -> None:
+    """Settings that change a run's name and nothing else, and a router that would learn nothing."""
+    unread = {
+        "dropless": ("capacity_factor",),
+        "capacity": (),
+        "expert_choice": ("gate", "renormalise", "bias_rate"),  # its gate is the score, and its loads are even
+    }[moe.dispatch]
+    for field in dataclasses.fields(MoeConfig):
+        if field.name in unread and getattr(moe, field.name) != field.default:
+            raise ConfigError(
+                f"model.moe.{field.name}={getattr(moe, field.name)!r} has no effect with "
+                f"model.moe.dispatch={moe.dispatch!r}; leave it at {field.default!r}"
+            )
+    if moe.gate == "topk_softmax" and not moe.renormalise:
+        raise ConfigError(
+            "model.moe.renormalise=False has no effect with model.moe.gate='topk_softmax', whose weights sum to 1; use "
+            "gate='softmax'"
+        )
+    if moe.dispatch != "expert_choice" and moe.experts_per_token == 1 and moe.renormalise:
+        raise ConfigError(
+            "model.moe.experts_per_token=1 with model.moe.renormalise=True: the one weight is 1 whatever the router "
+            "says, which then learns nothing from the loss; set renormalise=False, or use 2 experts per token"
         )
 
 
@@ -158,10 +184,10 @@ def _validate_start(cfg: RunConfig) -> None:
             f"start.step={start.step} must be a step of run {start.run} at least 1 and less than "
             f"train.steps={cfg.train.steps}, which counts the dense steps too"
         )
-    if decay_start(cfg) < start.step:
+    if decay_start(cfg) <= start.step:
         raise ConfigError(
-            f"start.step={start.step} is past step {decay_start(cfg)}, where the decay begins; begin from an earlier "
-            "step, or train for longer"
+            f"start.step={start.step} leaves no step before step {decay_start(cfg)}, where the decay of "
+            f"train.steps={cfg.train.steps} begins; begin from an earlier step, or train for longer"
         )
     _validate_upcycling(cfg.model)
 

@@ -169,8 +169,10 @@ def _sends_ragged() -> bool:
 def capacity(x_BTD, expert_BTA, weight_BTA, kernels, activation, factor: float):
     """The one-hot dispatch of GShard (2006.16668) and Switch (2101.03961): BTD and the pairs that got in, BTA.
 
-    Every expert takes at most C = ceil(factor T A / E) tokens of each sequence: first choices before second ones,
-    earlier positions first. The other pairs are dropped and add 0.
+    Every expert takes at most C = ceil(factor T A / E) tokens of each sequence: earlier positions first, and of one
+    position its first choice first. The other pairs are dropped and add 0. GShard's own order, the first choices of the
+    whole sequence before any second, lets a token's dropping depend on the tokens after it, which leaks the future.
+    Documents packed into one sequence share its places.
 
     Raises:
       ValueError: a factor that is not a positive number.
@@ -181,10 +183,9 @@ def capacity(x_BTD, expert_BTA, weight_BTA, kernels, activation, factor: float):
     # No expert takes a position twice, so more than T places would stay empty.
     C = min(math.ceil(factor * T * A / E), T)
     chosen_BTAE = jax.nn.one_hot(expert_BTA, E, dtype=jnp.int32)
-    queue_BRE = chosen_BTAE.swapaxes(1, 2).reshape(B, A * T, E)
+    queue_BRE = chosen_BTAE.reshape(B, T * A, E)
     before_BRE = jnp.cumsum(queue_BRE, 1) - queue_BRE
-    place_BAT = jnp.sum(before_BRE * queue_BRE, -1).reshape(B, A, T)
-    place_BTA = place_BAT.swapaxes(1, 2)
+    place_BTA = jnp.sum(before_BRE * queue_BRE, -1).reshape(B, T, A)
     kept_BTA = (place_BTA < C) & (expert_BTA < E)
     dtype = x_BTD.dtype
     expert_BTAE = chosen_BTAE.astype(dtype) * kept_BTA[..., None].astype(dtype)

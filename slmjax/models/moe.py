@@ -37,17 +37,16 @@ class Routing(NamedTuple):
 
 def route(logits_BTE, bias_E, moe: MoeConfig) -> Routing:
     """Top-k token choice from float32 logits. The bias moves the choice and never the weights (2408.15664)."""
-    score_BTE = jax.nn.sigmoid(logits_BTE) if moe.gate == "sigmoid" else jax.nn.softmax(logits_BTE, -1)
+    # Sigmoids of very negative logits are 0, and their shares 0 / 0; the shares are softmaxes of the logarithms.
+    log_score_BTE = jax.nn.log_sigmoid(logits_BTE) if moe.gate == "sigmoid" else jax.nn.log_softmax(logits_BTE, -1)
+    score_BTE = jnp.exp(log_score_BTE)
     _, expert_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE) + bias_E[None, None], moe.experts_per_token)
     # A sum with a one-hot, for the gradient of a gather is a scatter.
     chosen_BTAE = jax.nn.one_hot(expert_BTA, moe.num_experts, dtype=jnp.float32)
-    gated_BTE = logits_BTE if moe.gate == "topk_softmax" else score_BTE
-    weight_BTA = jnp.sum(chosen_BTAE * gated_BTE[..., None, :], -1)
-    if moe.gate == "topk_softmax":
-        weight_BTA = jax.nn.softmax(weight_BTA, -1)
-    if moe.renormalise:
-        weight_BTA = weight_BTA / jnp.sum(weight_BTA, -1, keepdims=True)
-    probability_BTE = score_BTE / jnp.sum(score_BTE, -1, keepdims=True) if moe.gate == "sigmoid" else score_BTE
+    log_weight_BTA = jnp.sum(chosen_BTAE * log_score_BTE[..., None, :], -1)
+    summing = moe.renormalise or moe.gate == "topk_softmax"
+    weight_BTA = jax.nn.softmax(log_weight_BTA, -1) if summing else jnp.exp(log_weight_BTA)
+    probability_BTE = jax.nn.softmax(log_score_BTE, -1)
     return Routing(expert_BTA, moe.routed_scale * weight_BTA, probability_BTE, score_BTE)
 
 
@@ -95,10 +94,11 @@ def _dispatch(cfg: ModelConfig, x_BTD, routing: Routing, kernels, attention: str
             )
         share = moe.experts_per_token / moe.num_experts
         places = min(x_BTD.shape[1], max(1, round(moe.capacity_factor * share * x_BTD.shape[1])))
-        y_BTD, taken_BTE = dispatch.expert_choice(x_BTD, routing.score_BTE, kernels, cfg.activation, places)
+        score_BTE = moe.routed_scale * routing.score_BTE
+        y_BTD, taken_BTE = dispatch.expert_choice(x_BTD, score_BTE, kernels, cfg.activation, places)
         missed_BT = ~jnp.any(taken_BTE, -1)
         return y_BTD, jnp.sum(taken_BTE, (0, 1), dtype=jnp.float32), jnp.sum(missed_BT, dtype=jnp.float32)
-    chosen = (routing.expert_BTA, routing.weight_BTA.astype(jnp.float32))
+    chosen = (routing.expert_BTA, routing.weight_BTA)
     count_E = jnp.sum(jax.nn.one_hot(routing.expert_BTA, moe.num_experts, dtype=jnp.float32), (0, 1, 2))
     if moe.dispatch == "dropless":
         return dispatch.dropless(x_BTD, *chosen, kernels, cfg.activation), count_E, jnp.float32(0)
