@@ -89,12 +89,14 @@ def init_key(seed):
 INIT, VIEW, EVAL = 0, 1, 2
 
 
-def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimizer: optim.Optimizer) -> Callable:
-    """(state, tokens_BT1, segments_BT1 or None, hyper) → (state, Metrics): one update of one member."""
-    chunk, A = cfg.objective.loss_chunk, cfg.optim.micro_batches
+def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
+    """(params, view, hyper) → (gradient, (nll per token, sums)), of a batch in the config's number of micro-batches.
+
+    `sums` are what `model.auxiliary` reads of the whole batch; () without one.
+    """
+    chunk, num_micro = cfg.objective.loss_chunk, cfg.optim.micro_batches
 
     def sums_of(params, view: View):
-        """Of these rows, what `model.auxiliary` reads; () without one."""
         _, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
         return jax.lax.stop_gradient(extras["sums"]) if model.auxiliary else ()
 
@@ -109,14 +111,16 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
         return loss, (nll, sums)
 
     gradient = jax.grad(loss_of, has_aux=True)
+    if num_micro == 1:
+        return gradient
 
     def accumulated(params, view: View, hyper: Hyper):
-        if A == 1:
-            return gradient(params, view, hyper)
-        # Micro-batches take every A-th row, so that each has its share of rows on every device. `count` stays that of
-        # the whole batch: losses and gradients add up to the whole batch's.
+        # Every num_micro-th row is a micro-batch's, so that each has its share of rows on every device. `count` stays
+        # that of the whole batch: losses and gradients add up to the whole batch's.
         rows = view._replace(count=None)
-        micro = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // A, A, *a.shape[1:]), 1, 0), rows)
+        micro = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(a.shape[0] // num_micro, num_micro, *a.shape[1:]), 1, 0), rows
+        )
 
         def add_up(function, like):
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), like)
@@ -127,13 +131,20 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
             return jax.lax.scan(add, zeros, micro)[0]
 
         sums = jax.eval_shape(sums_of, params, view)
-        # The gradient of one micro-batch depends on the loads of all: these need a forward pass of their own.
-        whole = add_up(functools.partial(sums_of, params), sums) if model.auxiliary else None  # a third more compute
+        # The gradient of one micro-batch depends on the loads of all: these take a forward pass of their own.
+        whole = add_up(functools.partial(sums_of, params), sums) if model.auxiliary else None
         return add_up(lambda rows: gradient(params, rows, hyper, whole), (params, (view.count, sums)))
+
+    return accumulated
+
+
+def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimizer: optim.Optimizer) -> Callable:
+    """(state, tokens_BT1, segments_BT1 or None, hyper) → (state, Metrics): one update of one member."""
+    gradient = make_gradient(cfg, model, objective)
 
     def step(state: TrainState, tokens_BT1, segments_BT1, hyper: Hyper):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), VIEW), state.step)
-        grads, (loss, sums) = accumulated(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
+        grads, (loss, sums) = gradient(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
         grads, norm = optim.clip(grads, hyper.clip_norm)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper)
         if model.auxiliary:

@@ -58,6 +58,7 @@ def sharding(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], name: st
     spec = partition(axes)
     for axis, size, mesh_axes in zip(axes, shape, spec, strict=True):
         names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes or ()
+        names = [name for name in names if mesh.shape[name] > 1]
         shards = math.prod(mesh.shape[n] for n in names)
         if size % shards:
             raise ConfigError(

@@ -44,7 +44,7 @@ def test_the_table_names_only_axes_of_the_mesh():
 def test_partition_follows_the_table():
     assert sharding.partition(("layer", "embed", "heads", "head")) == P(None, "fsdp", "tensor", None)
     assert sharding.partition(("vocab", "embed")) == P("tensor", "fsdp")
-    assert sharding.partition(("population", "batch")) == P("population", ("data", "fsdp"))
+    assert sharding.partition(("population", "batch")) == P("population", ("data", "fsdp", "expert"))
 
 
 def test_a_dimension_that_does_not_divide_names_both_numbers_and_the_way_out():

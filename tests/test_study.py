@@ -251,6 +251,8 @@ def test_an_upcycled_model_costs_its_dense_steps_and_its_own():
         30 * dense, 30 * dense + 24 * sparse, 30 * dense + 30 * sparse
     ]  # fmt: skip
     plan = make_plan(Study("up", BASE, branch(upcycle([EXPERTS], at=30), [60], decay_fraction=0.1)))
+    most = max(ladder.state_bytes(run.config)["total"] for run in Study("up", BASE, [EXPERTS]).runs)
+    assert plan.most_state_bytes == most > ladder.state_bytes(BASE)["total"]
     assert plan.separate_flops == 30 * dense + 30 * sparse == plan.own_flops
 
 

@@ -100,6 +100,7 @@ def _plan(flags: FlagValues) -> int:
     options.print_table(rows, left=("run", "tags"))
     print(f"{plan.name}: {len(plan.runs)} runs, {plan.programs} programs to compile")
     print(f"cost: {plan.own_flops:.3e} FLOPs, {show.count(plan.own_tokens)} tokens")
+    print(f"memory: up to {plan.most_state_bytes / 1e6:.3g} MB of weights, gradients and optimizer state a run")
     if plan.separate_flops:
         share = plan.branched_flops / plan.separate_flops
         print(

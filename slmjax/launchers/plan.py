@@ -28,7 +28,8 @@ class PlannedRun:
 class Plan:
     """programs: how many are compiled. branched_flops: what trunks and branches cost, of own_flops.
 
-    separate_flops: what the branches would cost, each trained from its first step.
+    separate_flops: what the branches would cost, each trained from its first step. most_state_bytes: weights, gradients
+    and optimizer state of the run that has most of them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Plan:
     own_tokens: int
     branched_flops: int
     separate_flops: int
+    most_state_bytes: int
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -61,6 +63,7 @@ def make_plan(source: Study) -> Plan:
         own_tokens=sum(run.own_tokens for run in runs),
         branched_flops=sum(run.own_flops for run in runs if run.parent or run.run_id in trunks),
         separate_flops=sum(run.C for run in runs if run.parent and run.run_id not in trunks),
+        most_state_bytes=max((ladder.state_bytes(run.config)["total"] for run in source.runs), default=0),
     )
 
 
