@@ -54,7 +54,7 @@ def test_a_dimension_that_does_not_divide_names_both_numbers_and_the_way_out():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2))
     with pytest.raises(ConfigError, match=r"rows has 6 along 'batch', which mesh.data\*mesh.fsdp=4"):
         sharding.sharding(mesh, ("batch",), (6,), "rows")
-    assert sharding.sharding(mesh, ("batch",), (8,), "rows").spec == P(("data", "fsdp"))
+    assert sharding.sharding(mesh, ("batch",), (8,), "rows").spec == P(("data", "fsdp", "expert"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
