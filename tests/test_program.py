@@ -166,7 +166,8 @@ def test_members_of_a_population_are_solo_runs(how, changes, seed):
     together = train(population(3, how, changes), cfgs, batches)
     for i, cfg in enumerate(cfgs):
         alone, n = train(solo(changes), [cfg], [batches[i]]), cfg.train.steps
-        np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-6)
+        # The weights of two chosen experts magnify the rounding of their logits.
+        np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-5 if changes else 1e-6)
         assert (together.loss[i, n:] == 0).all() and (together.grad_norm[i, n:] == 0).all()
         assert int(together.state.step[i]) == int(alone.state.step[0]) == n
         # Where a gradient is about zero, Adam makes rounding a share of a whole update: allow it a hundredth of one.
