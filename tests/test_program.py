@@ -170,8 +170,8 @@ def test_members_of_a_population_are_solo_runs(how, changes, seed):
         np.testing.assert_allclose(together.loss[i, :n], alone.loss[0, :n], rtol=1e-5 if changes else 1e-6)
         assert (together.loss[i, n:] == 0).all() and (together.grad_norm[i, n:] == 0).all()
         assert int(together.state.step[i]) == int(alone.state.step[0]) == n
-        # Where a gradient is about zero, Adam makes rounding a share of a whole update: allow it a hundredth of one, and
-        # a twentieth where it has also passed a router.
+        # Where a gradient is about zero, Adam makes rounding a share of a whole update: allow a hundredth of one, and a
+        # twentieth where it has passed a router.
         share = 0.05 if changes else 0.01
         assert_same(member(together.state, i), member(alone.state), rtol=2e-4, atol=share * cfg.optim.lr)
     devices = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(together.state)}
