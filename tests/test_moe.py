@@ -123,7 +123,7 @@ def test_the_balance_loss_has_a_gradient_that_evens_the_load(seed):
 
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 def test_the_loss_free_bias_evens_a_skewed_router_and_leaves_its_weights_alone(gate, seed):
-    """A router that much prefers its first experts, on new tokens at every step (2408.15664, table 1: below .1)."""
+    """A router that much prefers its first experts, on new tokens at every step (2408.15664)."""
     rng, E = np.random.default_rng(seed), 8
     cfg = MoeConfig(num_experts=E, gate=gate)
     skew_E = np.linspace(1, -1, E).astype(np.float32)

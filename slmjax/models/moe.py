@@ -124,7 +124,7 @@ def max_violation(count_ME):
 def next_bias(bias_ME, count_ME, rate, gate: str):
     """The loss-free bias after an update (2408.15664): up where the load is below its mean, centred on 0.
 
-    By the sign of the error under a sigmoid gate, in proportion to it under a softmax (the paper's table 6).
+    By the sign of the error under a sigmoid gate, in proportion to it under a softmax.
     """
     error_ME = 1 - count_ME / jnp.mean(count_ME, -1, keepdims=True)
     moved_ME = bias_ME + rate * (jnp.sign(error_ME) if gate == "sigmoid" else error_ME)
