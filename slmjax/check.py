@@ -74,7 +74,7 @@ def _sized(cfg: RunConfig, axis: str, size: int) -> RunConfig:
     shape["model.num_kv_heads"] = max(1, shape["model.num_heads"] // group)
     if model.moe.expert_width:
         shape["model.moe.expert_width"] = round(model.moe.expert_width / model.width * width)
-    sized = config.override(cfg, {**shape, "model.vocab_size": ladder.vocab_size(cfg), "mesh.steps_per_dispatch": 1})
+    sized = config.override(cfg, {**shape, "mesh.steps_per_dispatch": 1})
     config.validate(sized)
     return sized
 

@@ -3,10 +3,9 @@
 Counts are by formula because XLA's cost analysis counts the body of a scan once. Tests hold them equal to the specs.
 """
 
-import re
 from dataclasses import asdict, dataclass, replace
 
-from slmjax.config import ConfigError, ModelConfig, MoeConfig, RunConfig
+from slmjax.config import MASKING, ConfigError, ModelConfig, MoeConfig, RunConfig, override, synthetic
 
 BYTE_VOCAB = 257  # 256 bytes and the document mark
 GATED = ("swiglu", "geglu")
@@ -51,12 +50,32 @@ def vocab_size(cfg: RunConfig) -> int:
         return cfg.data.vocab_size
     if cfg.data.tokenizer == "byte":
         return BYTE_VOCAB
-    markov = re.fullmatch(r"markov:(\d+):\d+", cfg.data.sources[0])
-    if markov:
-        return int(markov[1])
+    sizes = [synthetic.vocab_size(source) for source in cfg.data.sources]
+    if None not in sizes:
+        return max(sizes)
     raise ConfigError(
         f"model.vocab_size=0 cannot be read off data.tokenizer={cfg.data.tokenizer!r}; set model.vocab_size"
     )
+
+
+def resolved(cfg: RunConfig) -> RunConfig:
+    """The config a model is built from: vocabulary size and mask row filled in."""
+    mask_row = cfg.model.mask_row
+    if mask_row == "auto":
+        mask_row = "yes" if cfg.objective.name in MASKING else "no"
+    return override(cfg, {"model.vocab_size": vocab_size(cfg), "model.mask_row": mask_row})
+
+
+def run_counts(cfg: RunConfig) -> Counts:
+    """Parameters of a run's model."""
+    model = resolved(cfg).model
+    return count_params(model, model.vocab_size)
+
+
+def run_flops_per_token(cfg: RunConfig, dense: int = 0) -> dict[str, int]:
+    """Training FLOPs per scored token of a run, as `flops_per_token` has them."""
+    copies = 2 if cfg.objective.name == "block_diffusion" else 1
+    return flops_per_token(cfg.model, vocab_size(cfg), cfg.data.seq_len, dense, copies)
 
 
 def count_params(model: ModelConfig, vocab: int) -> Counts:
@@ -68,7 +87,7 @@ def count_params(model: ModelConfig, vocab: int) -> Counts:
     gains = 2 * D + (2 * model.head_dim if model.qk_norm else 0)
     expert = num_moe * _feed_forward(model, expert_width(model))
     return Counts(
-        embedding=vocab * D,
+        embedding=(vocab + (model.mask_row == "yes")) * D,
         head=0 if model.tied_embeddings else vocab * D,
         dense=_always_matmuls(model) + model.num_layers * gains + D,
         experts=expert * moe.num_experts,
@@ -96,13 +115,14 @@ def _always_matmuls(model: ModelConfig) -> int:
     )
 
 
-def flops_per_token(model: ModelConfig, vocab: int, seq_len: int, dense: int = 0) -> dict[str, int]:
+def flops_per_token(model: ModelConfig, vocab: int, seq_len: int, dense: int = 0, copies: int = 1) -> dict[str, int]:
     """Training FLOPs per token (forward and backward, 3 x forward), with and without the output head.
 
     Matmul weights count 6 each. Attention scores and values count 12·H·C·S per layer, S the keys a query may see
     without the causal mask (T, or the window): the convention of PaLM and DeepSeek (2401.02954), where a dense model
     with H·C = D has M = 72·L·D² + 12·L·D·T. Of experts, those that a token passes, and the router. Rotary embeddings,
     norms, softmax and the sorting of tokens to experts are left out; recomputation is too.
+    Block diffusion passes a clean and a noisy copy of every token (`copies`); of one the logits are made.
     A family with other weights than the dense decoder's says how many with `dense`, all taken to be in products.
     """
     C, H = model.head_dim, model.num_heads
@@ -110,7 +130,7 @@ def flops_per_token(model: ModelConfig, vocab: int, seq_len: int, dense: int = 0
     added = (dense - counts.dense if dense else 0) + counts.active_experts
     windows = [min(model.window, seq_len) if kind == "window" else seq_len for kind in model.attention_pattern]
     keys = sum(windows) * (model.num_layers // len(windows))
-    body = 6 * (_always_matmuls(model) + added) + 12 * H * C * keys
+    body = copies * (6 * (_always_matmuls(model) + added) + 12 * H * C * keys)
     return {"with_head": body + 6 * vocab * model.width, "without_head": body}
 
 
@@ -119,7 +139,7 @@ def state_bytes(cfg: RunConfig) -> dict[str, int]:
 
     AdamW keeps two moments of every parameter, Muon one of the blocks' matrices; the average is there when it is on.
     """
-    counts, model = count_params(cfg.model, vocab_size(cfg)), cfg.model
+    counts, model = run_counts(cfg), cfg.model
     routers = model.feed_forwards.count("moe") * model.width * model.moe.num_experts
     matrices = _always_matmuls(model) - routers + counts.experts
     moments = 2 * counts.total - (matrices if cfg.optim.name == "muon" else 0)
@@ -136,7 +156,7 @@ def num_tokens(cfg: RunConfig) -> int:
 def train_flops(cfg: RunConfig) -> int:
     """C: training FLOPs of a run from random weights, head and attention included."""
     assert not cfg.start.run, "what an upcycled run costs is study.total_flops"
-    return flops_per_token(cfg.model, vocab_size(cfg), cfg.data.seq_len)["with_head"] * num_tokens(cfg)
+    return run_flops_per_token(cfg)["with_head"] * num_tokens(cfg)
 
 
 def steps_for(tokens: float, batch_size: int, seq_len: int) -> int:

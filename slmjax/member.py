@@ -111,13 +111,13 @@ class Member:
             total_steps=cfg.train.steps,
             tokens_per_step=self.tokens_per_step,
             counts=counts.to_dict(),
-            flops_per_token=ladder.flops_per_token(cfg.model, ladder.vocab_size(cfg), cfg.data.seq_len, counts.dense),
+            flops_per_token=ladder.run_flops_per_token(cfg, counts.dense),
             loss_kind=self.program.objective.kind,
             tokenizer=self.dataset.fingerprint["tokenizer"],
             corpus=self.dataset.fingerprint["corpus"],
             bytes_per_token=self.dataset.bytes_per_token,
             entropy=self.dataset.entropy,
-            family=family(cfg.model),
+            family=family(cfg),
             mesh=dict(self.program.mesh.shape),
             **self.inherited,
         )
@@ -190,10 +190,12 @@ class Member:
                 "num_skipped": int(metrics.skipped[i]),
                 "wall_s": round(now - self.began, 3),
                 "tokens_per_s": round(self.tokens_per_s),
-                **{name: _rounded(values[i]) for name, values in metrics.auxiliary.items()},
+                **{name: _rounded(values[i]) for name, values in (metrics.objective | metrics.auxiliary).items()},
             }
             self.writer.write("train", **line)
             self.tensorboard.scalars(step, {k: line[k] for k in ("loss", "grad_norm", "lr", "tokens_per_s")}, "train")
+            for name, values in metrics.objective.items():
+                self.tensorboard.scalars(step, _by_level(name, values[i]), "train")
             for name, values in metrics.auxiliary.items():
                 self.tensorboard.scalars(step, _by_layer(cfg.model, values[i]), f"router/{name}")
         self.loss, self.logged_step = float(metrics.loss[-1]), first + count
@@ -308,11 +310,11 @@ def _inherited(meta: dict) -> dict:
     return {key: meta[key] for key in ("inherited_tokens", "inherited_flops") if key in meta}
 
 
-def family(model: config.ModelConfig) -> str:
-    """What a run's points are told apart by: a fork's own build, or dense, or moe."""
-    if model.build != "transformer":
-        return model.build
-    return "moe" if "moe" in model.feed_forwards else "dense"
+def family(cfg: config.RunConfig) -> str:
+    """What a run's points are told apart by: a fork's own build, dense or moe; and by objectives that hide tokens."""
+    model, name = cfg.model, {"masked_diffusion": "mdm", "block_diffusion": "block"}.get(cfg.objective.name)
+    kind = model.build if model.build != "transformer" else "moe" if "moe" in model.feed_forwards else "dense"
+    return kind if name is None else name if kind == "dense" else f"{name}-{kind}"
 
 
 def _by_layer(model: config.ModelConfig, values) -> dict[str, float]:
@@ -326,6 +328,13 @@ def _by_layer(model: config.ModelConfig, values) -> dict[str, float]:
         else:
             flat[f"layer_{layer}"] = float(value)
     return flat
+
+
+def _by_level(name: str, value) -> dict[str, float]:
+    """A number, or those of each noise level from low to high; levels that a batch did not meet are left out."""
+    if np.ndim(value) == 0:
+        return {name: float(value)}
+    return {f"{name}/{level}": float(v) for level, v in enumerate(value) if np.isfinite(v)}
 
 
 def _rounded(array) -> list:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slmjax import models, objectives, optim, sharding
+from slmjax import ladder, models, objectives, optim, sharding
 from slmjax.config import RunConfig
 from slmjax.models import Model, is_spec
 from slmjax.objectives import Objective, View
@@ -45,6 +45,7 @@ class Metrics(NamedTuple):
     skipped: jax.Array  # updates skipped so far
     consecutive: jax.Array  # of them, the last ones in a row
     auxiliary: dict[str, jax.Array]  # what `Model.auxiliary` shows of the batch; {} without one
+    objective: dict[str, jax.Array]  # and `Objective.ratios`
 
 
 class Program(NamedTuple):
@@ -53,7 +54,7 @@ class Program(NamedTuple):
     init: (seeds_P uint32, init_std_P) → state.
     train: (state, tokens_PKBT1, segments_PKBT1, hyper with leaves [P, K], num_steps_P) → (state, Metrics of [P, K]).
       Member p makes its first num_steps_P[p] steps; metrics past them are 0. The state passed in is consumed.
-    evaluate: (state, tokens_PBT1, segments_PBT1, seeds_P) → (summed nll_PB, weight_PB) per row.
+    evaluate: (state, tokens_PBT1, segments_PBT1) → (summed nll_PB, weight_PB) per row, on noise that no seed changes.
     take: (state, index) → one member's state. put: (state, member, index) → state, consuming it.
     begin: (params, step) → one member's state that has these parameters after `step` steps, and nothing else behind it.
     """
@@ -89,26 +90,34 @@ def init_key(seed):
 INIT, VIEW, EVAL = 0, 1, 2
 
 
-def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
-    """(params, view, hyper) → (gradient, (nll per token, sums)), of a batch in the config's number of micro-batches.
+class Sums(NamedTuple):
+    """Of a batch, adding up over its micro-batches."""
 
-    `sums` are what `model.auxiliary` reads of the whole batch; () without one.
-    """
+    nll: jax.Array  # weighted, per token
+    model: Any  # what `Model.auxiliary` reads; () without one
+    ratios: dict[str, tuple[jax.Array, jax.Array]]  # `Objective.ratios`
+
+
+def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
+    """(params, view, hyper) → (gradient, Sums), of a batch in the config's number of micro-batches."""
     chunk, num_micro = cfg.objective.loss_chunk, cfg.optim.micro_batches
 
     def sums_of(params, view: View):
         _, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
-        return jax.lax.stop_gradient(extras["sums"]) if model.auxiliary else ()
+        return jax.lax.stop_gradient(extras["sums"])
 
     def loss_of(params, view: View, hyper: Hyper, whole=None):
-        """(loss, (nll, sums)) of these rows; `whole` are the sums of the whole batch where these are not all of it."""
+        """(loss, Sums) of these rows; `whole` are the model's sums of the whole batch where these are not all of it."""
         x_BTD, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
-        loss, nll = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk)
+        x_BTD = x_BTD[:, : view.targets_BT.shape[1]]
+        loss, nll_BT = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk)
+        nll = jnp.sum(view.weights_BT * nll_BT) / view.count
+        ratios = objective.ratios(view, nll_BT)
         if model.auxiliary is None:
-            return loss, (nll, ())
+            return loss, Sums(nll, (), ratios)
         sums = jax.lax.stop_gradient(extras["sums"])
         loss += model.auxiliary.loss(extras["sums"], sums if whole is None else whole, hyper)
-        return loss, (nll, sums)
+        return loss, Sums(nll, sums, ratios)
 
     gradient = jax.grad(loss_of, has_aux=True)
     if num_micro == 1:
@@ -130,10 +139,13 @@ def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callabl
 
             return jax.lax.scan(add, zeros, micro)[0]
 
-        sums = jax.eval_shape(sums_of, params, view)
         # The gradient of one micro-batch depends on the loads of all: these take a forward pass of their own.
-        whole = add_up(functools.partial(sums_of, params), sums) if model.auxiliary else None
-        return add_up(lambda rows: gradient(params, rows, hyper, whole), (params, (view.count, sums)))
+        whole = None
+        if model.auxiliary:
+            whole = add_up(functools.partial(sums_of, params), jax.eval_shape(sums_of, params, view))
+        return add_up(
+            lambda rows: gradient(params, rows, hyper, whole), jax.eval_shape(gradient, params, view, hyper, whole)
+        )
 
     return accumulated
 
@@ -144,7 +156,7 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
 
     def step(state: TrainState, tokens_BT1, segments_BT1, hyper: Hyper):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), VIEW), state.step)
-        grads, (loss, sums) = gradient(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
+        grads, (loss, sums, ratios) = gradient(state.params, objective.view(tokens_BT1, segments_BT1, key), hyper)
         grads, norm = optim.clip(grads, hyper.clip_norm)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, hyper)
         if model.auxiliary:
@@ -166,32 +178,49 @@ def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimize
         )
         state = TrainState(state.step + 1, params, opt_state, ema, skips)
         shown = model.auxiliary.metrics(sums) if model.auxiliary else {}
-        return state, Metrics(loss, norm, skips.total, skips.consecutive, shown)
+        levels = {name: total / count for name, (total, count) in ratios.items()}
+        return state, Metrics(loss, norm, skips.total, skips.consecutive, shown, levels)
 
     return step
 
 
 def make_evaluate(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
-    """(state, tokens_BT1, segments_BT1 or None, seed) → (summed nll_B, weight_B), of the EMA when there is one."""
+    """(state, tokens_BT1, segments_BT1 or None) → (summed nll_B, weight_B), of the EMA when there is one."""
+    key = jax.random.fold_in(
+        jax.random.key(0), EVAL
+    )  # one noise for all runs, so that they are compared on equal terms
 
-    def evaluate(state: TrainState, tokens_BT1, segments_BT1, seed):
+    def evaluate(state: TrainState, tokens_BT1, segments_BT1):
         params = state.ema if state.ema != () else state.params
-        view = objective.view(tokens_BT1, segments_BT1, jax.random.fold_in(jax.random.key(seed), EVAL))
-        x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
-        nll_BT = objectives.token_losses(
-            model.unembed, model.readout(params), x_BTD, view.targets_BT, cfg.objective.loss_chunk
-        )
-        return jnp.sum(view.weights_BT * nll_BT, -1), jnp.sum(view.weights_BT, -1)
+        readout = model.readout(params)
+
+        def score(draw):
+            if objective.score is None:
+                view = objective.view(tokens_BT1, segments_BT1, key)
+            else:
+                view = objective.score(tokens_BT1, segments_BT1, key, draw)
+            x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
+            x_BTD = x_BTD[:, : view.targets_BT.shape[1]]
+            nll_BT = objectives.token_losses(model.unembed, readout, x_BTD, view.targets_BT, cfg.objective.loss_chunk)
+            if view.noise is None:
+                return jnp.sum(view.weights_BT * nll_BT, -1), jnp.sum(view.weights_BT, -1)
+            return jnp.sum(view.noise.bound_BT * nll_BT, -1), jnp.sum(view.noise.scored_BT, -1)
+
+        if objective.num_draws == 1:
+            return score(0)
+        nll_KB, weight_KB = jax.lax.map(score, jnp.arange(objective.num_draws))
+        return jnp.mean(nll_KB, 0), weight_KB[0]
 
     return evaluate
 
 
 def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Program:
-    """The Program of a config whose vocab_size is resolved, for `num_members` runs at a time.
+    """The Program of a config, for `num_members` runs at a time.
 
     The mesh's population axis must be 1, or num_members to give each member its own devices.
     """
     mesh = mesh or sharding.make_mesh(cfg.mesh)
+    cfg = ladder.resolved(cfg)
     model, objective = models.build(cfg.model), objectives.build(cfg.objective)
     optimizer = optim.build(cfg.optim, model)
     packed = cfg.data.packing == "segments"
@@ -217,8 +246,8 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
     def train_member(state, tokens_KBT1, segments_KBT1, hyper_K, num_steps):
         return _many_steps(step, state, tokens_KBT1, segments_KBT1 if packed else None, hyper_K, num_steps)
 
-    def evaluate_member(state, tokens_BT1, segments_BT1, seed):
-        return evaluate(state, tokens_BT1, segments_BT1 if packed else None, seed)
+    def evaluate_member(state, tokens_BT1, segments_BT1):
+        return evaluate(state, tokens_BT1, segments_BT1 if packed else None)
 
     return Program(
         num_members,
@@ -233,7 +262,7 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
             out_shardings=(state, members),
             donate_argnums=0,
         ),
-        evaluate=jax.jit(spread(evaluate_member), in_shardings=(state, rows, rows, members), out_shardings=rows),
+        evaluate=jax.jit(spread(evaluate_member), in_shardings=(state, rows, rows), out_shardings=rows),
         take=jax.jit(lambda state, i: jax.tree.map(lambda a: a[i], state)),
         put=jax.jit(
             lambda state, member, i: jax.tree.map(lambda a, b: a.at[i].set(b), state, member),

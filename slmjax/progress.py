@@ -83,6 +83,6 @@ class Progress:
         text = f"loss {loss} {member.tokens_per_s:,.0f} tok/s"
         if self.peak:
             cfg = member.run.config
-            per_token = ladder.flops_per_token(cfg.model, ladder.vocab_size(cfg), cfg.data.seq_len)["with_head"]
+            per_token = ladder.run_flops_per_token(cfg)["with_head"]
             text += f" MFU {per_token * member.tokens_per_s / self.peak:.1%}"
         return text

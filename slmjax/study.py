@@ -310,4 +310,4 @@ def total_flops(run: Run, by_id: Mapping[str, Run]) -> int:
 
 
 def _flops_per_token(cfg: RunConfig) -> int:
-    return ladder.flops_per_token(cfg.model, ladder.vocab_size(cfg), cfg.data.seq_len)["with_head"]
+    return ladder.run_flops_per_token(cfg)["with_head"]

@@ -25,18 +25,13 @@ from slmjax.study import Run
 SPLIT_AXES = ("fsdp", "tensor", "expert")  # what a single run may be split over besides its batch
 
 
-def resolved(cfg: config.RunConfig) -> config.RunConfig:
-    """The config a Program is built from: vocabulary size filled in."""
-    return config.override(cfg, {"model.vocab_size": ladder.vocab_size(cfg)})
-
-
 def build_program(runs: list[Run], num_members: int | None = None) -> Program:
     """One Program for all of `runs`, spread over this process's devices.
 
     With num_members None, as many members as have work at once: on CPU one for each device, a core's worth, as long as
     there are chains of runs that do not wait for each other; else the devices share one member's batch.
     """
-    cfg = resolved(runs[0].config)
+    cfg = ladder.resolved(runs[0].config)
     devices = jax.devices()
     on_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
     split = cfg.mesh.data > 1 or any(getattr(cfg.mesh, axis) > 1 for axis in SPLIT_AXES)
@@ -269,12 +264,11 @@ class _Pack:
         """Held-out losses of the members that are due; the others' devices would have had to wait anyway."""
         due = [m for m in self.members if m and m.evaluation_due]
         chunks = max(-(-len(m.dataset.held_out.tokens_BT1) // self.batch_size) for m in due)
-        seeds = np.array([m.run.config.train.seed if m else 0 for m in self.members], np.uint32)
         rows = collections.defaultdict(list)
         for chunk in range(chunks):
             parts = [self._held_out(m if m in due else None, chunk) for m in self.members]
             tokens, segments = (np.stack(arrays) for arrays in zip(*parts, strict=True))
-            nll, weight = jax.device_get(self.program.evaluate(self.state, tokens, segments, seeds))
+            nll, weight = jax.device_get(self.program.evaluate(self.state, tokens, segments))
             for place, member in enumerate(self.members):
                 if member in due:
                     rows[place].append(np.stack([nll[place], weight[place]]))

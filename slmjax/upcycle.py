@@ -151,14 +151,14 @@ def begin(source: Path, cfg: RunConfig, program: Program, fingerprint: dict) -> 
                 f"(there are: {steps}); use one of these, or train that run to it with log.checkpoint_every"
             )
         _, state, _ = checkpoints.restore(_abstract_state(dense), cfg.start.step)
-    model = config.override(cfg, {"model.vocab_size": ladder.vocab_size(cfg)}).model
+    model = ladder.resolved(cfg).model
     params = jax.jit(lambda params, seed: upcycle(params, dense.model, model, cfg.start, init_key(seed)))(
         state.params, np.uint32(cfg.train.seed)
     )
     tokens = cfg.start.step * dense.train.batch_size * dense.data.seq_len
     # Of a fork's dense model as many as its own start record says.
     counts = models.count_params(models.build(dense.model).specs, dense.model)
-    per_token = ladder.flops_per_token(dense.model, dense.model.vocab_size, dense.data.seq_len, counts.dense)
+    per_token = ladder.run_flops_per_token(dense, counts.dense)
     flops = {name: each * tokens for name, each in per_token.items()}
     return Beginning(program.begin(params, np.int32(cfg.start.step)), tokens, flops)
 
@@ -169,7 +169,7 @@ def _source_config(source: Path, cfg: RunConfig, fingerprint: dict) -> RunConfig
     if said is None:
         raise ConfigError(f"start.run={source.name!r}: there is no run in {source}; train it there, or copy it there")
     dense = config.resolve(said)
-    dense = config.override(dense, {"model.vocab_size": ladder.vocab_size(dense)})
+    dense = ladder.resolved(dense)
     trained_on = (records.read_json(source / "provenance.json") or {}).get("data", {})
     for what in ("tokenizer", "corpus"):
         if trained_on.get(what) != fingerprint[what]:
@@ -184,7 +184,7 @@ def _source_config(source: Path, cfg: RunConfig, fingerprint: dict) -> RunConfig
                 f"{key}={now[key]} is {before[key]} in run {source.name}, from whose step {cfg.start.step} this one "
                 "counts on; use that value"
             )
-    _check_models(dense.model, config.override(cfg, {"model.vocab_size": ladder.vocab_size(cfg)}).model)
+    _check_models(dense.model, ladder.resolved(cfg).model)
     return dense
 
 

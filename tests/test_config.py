@@ -42,10 +42,20 @@ OTHER = {
     "optim.ema_decay": 0.9, "optim.spike_factor": 3.0, "model.head_dim": 16, "train.batch_size": 8, "mesh.data": 2,
     "model.moe.num_experts": 4, "model.moe.gate": "sigmoid", "model.moe.dispatch": "capacity",
     "model.moe.renormalise": False, "start.run": "abc", "start.redrawn": 0.5,
+    "model.mask_row": "yes", "objective.prompt": "shown", "objective.normaliser": "sequence",
+    "objective.diffusion.estimator": "l_uniform", "objective.diffusion.time": "iid",
+    "objective.diffusion.schedule": "cosine", "objective.diffusion.max_rate": 0.9,
+    "objective.diffusion.weighting": "flat", "objective.diffusion.random_length": 0.1,
+    "objective.diffusion.alignment": "shifted",
 }  # fmt: skip
 NEEDS = {
     "model.moe.": {"model.moe.num_experts": 8},
     "model.moe.capacity_factor": {"model.moe.dispatch": "capacity"},
+    "objective.prompt_end": {"objective.prompt": "shown"},
+    "objective.diffusion.": {"objective.name": "masked_diffusion"},
+    "objective.diffusion.exponent": {"objective.diffusion.schedule": "polynomial"},
+    "objective.diffusion.max_weight": {"objective.diffusion.weighting": "clipped"},
+    "objective.diffusion.block": {"objective.name": "block_diffusion"},
     "start.": {"model.moe.num_experts": 8, "start.run": "abcdef", "start.step": 2},
 }
 

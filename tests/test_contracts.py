@@ -14,8 +14,8 @@ from tiny import assert_same, draw, random_segments, random_tokens, tiny, train
 
 import slmjax.models
 import slmjax.objectives
-from slmjax import config, models, objectives, optim, program, schedules, sharding
-from slmjax.models import ParamSpec, init_from_specs, is_spec
+from slmjax import config, ladder, models, objectives, optim, program, schedules, sharding
+from slmjax.models import ParamSpec, attention, init_from_specs, is_spec
 from slmjax.parametrization import ROLES, Parametrization
 
 SCHEMES = ("sp", "mup", "minicpm", "completep", "umup")
@@ -38,18 +38,22 @@ EVERY_PART = {"model.qk_norm": True, "model.tied_embeddings": False, "model.scan
 
 def pair(family: str, objective: str):
     """(config, Model, Objective) with every optional part of a model switched on."""
-    cfg = tiny({**EVERY_PART, **FAMILIES[family], "objective.name": objective})
+    changes = {"objective.diffusion.block": 4} if objective == "block_diffusion" else {}
+    if objective == "block_diffusion" and family == "moe_capacity":
+        pytest.skip("a bounded number of places lets later blocks push out earlier ones: refused")
+    cfg = ladder.resolved(tiny({**EVERY_PART, **FAMILIES[family], "objective.name": objective, **changes}))
     return cfg, models.build(cfg.model), objectives.build(cfg.objective)
 
 
 def test_families_are_found():
-    assert "transformer" in FAMILIES and "next_token" in OBJECTIVES
+    assert "transformer" in FAMILIES and {"next_token", "masked_diffusion", "block_diffusion"} <= set(OBJECTIVES)
 
 
 def test_what_is_found_can_be_named_in_a_config():
     for family in FAMILIES:
         for objective in OBJECTIVES:
-            pair(family, objective)  # validates
+            if (family, objective) != ("moe_capacity", "block_diffusion"):
+                pair(family, objective)  # validates
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,6 +111,7 @@ def trio(request):
     def loss(params, tokens_BT1, segments_BT1):
         view = objective.view(tokens_BT1, segments_BT1, jax.random.key(0))
         x_BTD, _ = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
+        x_BTD = x_BTD[:, : view.targets_BT.shape[1]]
         value, _ = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, 1e-3)
         return value, model.unembed(model.readout(params), x_BTD)
 
@@ -137,11 +142,13 @@ def test_the_future_does_not_leak_where_the_objective_is_causal(trio, seed):
 
 def test_an_objective_says_what_it_is(trio):
     _, objective, _ = trio
-    assert objective.attention in ("causal", "full") and objective.kind in ("exact", "bound")
+    assert attention.parse(objective.attention) and objective.kind in ("exact", "bound")
     tokens, segments = random_tokens(0, 4, 17), random_segments(0, 4, 17)
     a, b = (objective.view(tokens, segments, jax.random.key(1)) for _ in range(2))
     assert_same(a, b)
-    assert a.inputs_BT.shape == a.targets_BT.shape == a.weights_BT.shape == a.segments_BT.shape == (4, 16)
+    copies = 2 if objective.attention.startswith("block:") else 1
+    assert a.inputs_BT.shape == a.segments_BT.shape == (4, copies * 16)
+    assert a.targets_BT.shape == a.weights_BT.shape == (4, 16)
     assert a.count > 0 and (np.asarray(a.weights_BT) >= 0).all()
     assert objective.view(tokens, None, jax.random.key(1)).segments_BT is None
 
@@ -244,7 +251,7 @@ def test_a_fork_trains_with_files_of_its_own_and_no_edits(lab):
     tokens = np.cumsum(np.full((60, 4, 17), 3), -1, dtype=np.int32) + random_tokens(0, 60, 4, 1)
     trained = train(prog, [cfg], [(tokens % 32, np.ones_like(tokens))])
     assert trained.loss[0, 0] > 2.5 and trained.loss[0, -1] < 0.5
-    _, weight = prog.evaluate(trained.state, tokens[:1] % 32, np.ones_like(tokens[:1]), np.zeros(1, np.uint32))
+    _, weight = prog.evaluate(trained.state, tokens[:1] % 32, np.ones_like(tokens[:1]))
     assert (weight == 14).all()
     assert optim.hyper_at(cfg, 0.5).lr == pytest.approx(0.01)
 

@@ -112,7 +112,7 @@ def by_hand(cfg, params, tokens_BT):
         kind = cfg.attention_pattern[layer % len(cfg.attention_pattern)]
         (skip, branch), (mlp_skip, mlp_branch) = p.residual(2 * layer), p.residual(2 * layer + 1)
         y = part(RMSNorm(cfg), weights["attention_norm"], x)
-        x = skip * x + branch * part(Attention(cfg, kind), weights["attention"], y, None, "causal")
+        x = skip * x + branch * part(Attention(cfg, kind), weights["attention"], y, None, "causal")[0]
         y = part(RMSNorm(cfg), weights["mlp_norm"], x)
         x = mlp_skip * x + mlp_branch * part(Mlp(cfg, cfg.mlp_width), weights["mlp"], y)
     x = part(RMSNorm(cfg), params["final_norm"], x)
@@ -205,21 +205,48 @@ def numpy_attention(q, k, v, allowed_TS, scale):
     return weights / weights.sum(-1, keepdims=True) @ v
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window, T", [(0, 12), (1, 12), (3, 12), (0, 128), (70, 128)])
+def allowed(attention: str, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """(who sees whom, pair by pair, bool [T, T]; place of each input in its row)."""
+    kind, _, block = attention.partition(":")
+    half = T // 2 if kind == "block" else T
+    place_T, clean_T = np.arange(T) % half, np.arange(T) >= half
+
+    def sees(t, s):
+        if kind in ("causal", "full"):
+            return t >= s or kind == "full"
+        of_t, of_s = place_T[t] // int(block), place_T[s] // int(block)
+        if kind == "block_causal":
+            return of_s <= of_t
+        if clean_T[t]:
+            return bool(clean_T[s]) and of_s <= of_t
+        return of_s < of_t if clean_T[s] else of_s == of_t
+
+    return np.array([[sees(t, s) for s in range(T)] for t in range(T)]), place_T
+
+
+@pytest.mark.parametrize("block, count", [(1, 72), (2, 80), (4, 96), (8, 128)])
+def test_block_attention_allows_as_many_pairs_as_published(block, count):
+    """L L + L b of a row of L = 8 (BD3-LM, 2503.09573)."""
+    assert allowed(f"block:{block}", 16)[0].sum() == 8 * 8 + 8 * block == count
+
+
+WINDOWS = [(attention, *sizes) for attention in ("causal", "full") for sizes in ((0, 12), (1, 12), (0, 128), (70, 128))]
+BLOCKS = [("block:2", 3, 12), ("block:3", 0, 128), ("block:32", 70, 128), ("block_causal:4", 0, 12)]
+
+
+@pytest.mark.parametrize("attention, window, T", WINDOWS + BLOCKS)
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])  # what is done there, not where; blocks of 64 queries on CPU
-def test_attention_is_softmax_over_what_may_be_seen(causal, window, T, packed, backend, seed, monkeypatch):
+def test_attention_is_softmax_over_what_may_be_seen(attention, window, T, packed, backend, seed, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     rng = np.random.default_rng(seed)
     B, H, K, C = 2, 4, 2, 8
     q, k, v = (rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, K, K))
     segments_BT = random_segments(seed, B, T) if packed else None
-    ours = jax.jit(functools.partial(attend, causal=causal, window=window, scale=0.3))(q, k, v, segments_BT)
-    distance = np.arange(T)[:, None] - np.arange(T)[None]
-    allowed_TS = (distance >= 0) | (not causal)
+    ours = jax.jit(functools.partial(attend, attention=attention, window=window, scale=0.3))(q, k, v, segments_BT)
+    allowed_TS, place_T = allowed(attention, T)
     if window:
-        allowed_TS = allowed_TS & (np.abs(distance) < window)
+        allowed_TS = allowed_TS & (np.abs(place_T[:, None] - place_T[None]) < window)
     for b in range(B):
         same = segments_BT[b][:, None] == segments_BT[b][None] if packed else True
         for h in range(H):
@@ -227,10 +254,9 @@ def test_attention_is_softmax_over_what_may_be_seen(causal, window, T, packed, b
             np.testing.assert_allclose(ours[b, :, h], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("attention, window", [("causal", 0), ("full", 70), ("causal", 70), ("block:16", 0)])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_written_gradient_of_blocked_attention_is_the_derived_one(causal, window, packed, seed, monkeypatch):
+def test_the_written_gradient_of_blocked_attention_is_the_derived_one(attention, window, packed, seed, monkeypatch):
     rng = np.random.default_rng(seed)
     B, T, H, K, C = 2, 128, 4, 2, 8
     q, k, v, dy = (rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, K, K, H))
@@ -238,8 +264,8 @@ def test_the_written_gradient_of_blocked_attention_is_the_derived_one(causal, wi
     found = {}
     for backend in ("cpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        attention = functools.partial(attend, segments_BT=segments_BT, causal=causal, window=window, scale=0.3)
-        found[backend] = jax.jit(lambda *qkv, f=attention: jax.vjp(f, *qkv)[1](dy))(q, k, v)
+        attended = functools.partial(attend, segments_BT=segments_BT, attention=attention, window=window, scale=0.3)
+        found[backend] = jax.jit(lambda *qkv, f=attended: jax.vjp(f, *qkv)[1](dy))(q, k, v)
     for ours, derived in zip(found["cpu"], found["tpu"], strict=True):
         assert np.abs(derived).max() > 0.1
         np.testing.assert_allclose(ours, derived, atol=2e-5)
@@ -247,7 +273,7 @@ def test_the_written_gradient_of_blocked_attention_is_the_derived_one(causal, wi
 
 def test_rotary_embedding_turns_pairs_by_the_position(seed):
     x = np.random.default_rng(seed).normal(size=(1, 12, 1, 8)).astype(np.float32)
-    y = np.asarray(rotate(x, 100.0))[0, :, 0]
+    y = np.asarray(rotate(x, jnp.arange(12)[None], 100.0))[0, :, 0]
     z = x[0, :, 0, :4] + 1j * x[0, :, 0, 4:]
     turned = z * np.exp(1j * np.outer(np.arange(12), 100.0 ** (-np.arange(4) / 4)))
     np.testing.assert_allclose(y, np.concatenate([turned.real, turned.imag], -1), atol=1e-5)

@@ -138,7 +138,7 @@ def test_micro_batches_are_one_batch(weights, changes, seed):
 def test_the_loss_is_the_held_out_loss_of_the_same_batch_before_the_update(seed):
     cfg, prog = tiny({"train.steps": 1}), solo()
     tokens, segments = random_batches(seed, cfg, 1)
-    nll, weight = prog.evaluate(init(prog, [cfg]), tokens, segments, np.zeros(1, np.uint32))
+    nll, weight = prog.evaluate(init(prog, [cfg]), tokens, segments)
     trained = train(prog, [cfg], [(tokens, segments)])
     assert weight.shape == (1, 4) and (weight == 16).all()
     assert np.sum(nll) / np.sum(weight) == pytest.approx(trained.loss[0, 0], rel=1e-6)
@@ -264,8 +264,7 @@ def test_ema_is_the_average_it_says_and_what_is_evaluated(seed):
     tokens, segments = (a[:1] for a in batches)
     state = jax.tree.map(lambda a: a[None], states[-1])
     swapped = state._replace(params=jax.tree.map(np.zeros_like, state.params))
-    zeros = np.zeros(1, np.uint32)
-    assert_same(prog.evaluate(state, tokens, segments, zeros), prog.evaluate(swapped, tokens, segments, zeros))
+    assert_same(prog.evaluate(state, tokens, segments), prog.evaluate(swapped, tokens, segments))
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "spike"])

@@ -267,7 +267,7 @@ def _gflop_per_s(product: Callable, multiplications: int) -> float:
 
 def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
     """Measures a config for about `seconds`, compilation apart."""
-    cfg = train.resolved(cfg)
+    cfg = ladder.resolved(cfg)
     on_cpu = jax.default_backend() == "cpu"
     programs = {"slmjax train": train.build_program([Run(cfg)])}
     if on_cpu and len(jax.devices()) > 1:
@@ -298,7 +298,7 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
             per_dispatch = prog.num_members * cfg.mesh.steps_per_dispatch * shape.tokens_per_step
             rates[what] = timed(trainer(prog, cfg), per_dispatch)
         measured = interleaved(rates, seconds)
-    flops = ladder.flops_per_token(cfg.model, cfg.model.vocab_size, cfg.data.seq_len)["with_head"]
+    flops = ladder.run_flops_per_token(cfg)["with_head"]
     sheet = devices.peak_flops(jax.devices()[0].device_kind)
 
     def row(what: str, speeds: list[float]) -> Row:

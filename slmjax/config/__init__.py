@@ -14,9 +14,11 @@ from ml_collections import ConfigDict
 
 from slmjax.config.fields import (
     HYPER,
+    MASKING,
     NOT_IDENTITY,
     ConfigError,
     DataConfig,
+    DiffusionConfig,
     LogConfig,
     MeshConfig,
     ModelConfig,
@@ -35,9 +37,11 @@ from slmjax.config.validation import validate
 
 __all__ = [
     "HYPER",
+    "MASKING",
     "NOT_IDENTITY",
     "ConfigError",
     "DataConfig",
+    "DiffusionConfig",
     "LogConfig",
     "MeshConfig",
     "ModelConfig",

@@ -56,6 +56,9 @@ class ModelConfig:
     mlp_width: int = 320
     activation: str = "swiglu"  # swiglu | geglu | gelu | relu2
     vocab_size: int = 0  # 0: the tokenizer's
+    mask_row: str = (
+        "auto"  # an embedding of hidden tokens, which nothing predicts: yes | no | auto: as the objective is
+    )
     tied_embeddings: bool = True
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
@@ -79,21 +82,48 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class DiffusionConfig:
+    """How masked and block diffusion hide tokens and weigh their losses; see `slmjax.objectives.noise`."""
+
+    estimator: str = "bernoulli"  # bernoulli: each token at a drawn rate | l_uniform: a drawn number of tokens
+    time: str = "jitter"  # of the draws over a batch: jitter, one a stratum | low_discrepancy | antithetic | iid
+    schedule: str = "linear"  # masked share over time, of bernoulli: linear | cosine | polynomial
+    exponent: float = 2.0  # of schedule=polynomial
+    min_rate: float = 0.001  # mask rates of bernoulli are min_rate..max_rate; SMDM's and LLaDA's eps
+    max_rate: float = 1.0
+    weighting: str = (
+        "elbo"  # elbo: the bound | flat: 1 for every hidden token | clipped: the bound's, at most max_weight
+    )
+    max_weight: float = 10.0
+    block: int = 16  # tokens in a block of block diffusion
+    random_length: float = 0.0  # share of rows cut in two at a random place, for short contexts; 0.01 in SMDM and LLaDA
+    alignment: str = "same"  # same: position i predicts token i | shifted: token i + 1, as autoregression (Dream)
+    eval_draws: int = 1  # noise levels a held-out row is scored at
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     name: str = "next_token"  # a module of slmjax.objectives, or any dotted path, exporting build(cfg) -> Objective
     z_loss: float = 0.0  # weight of the squared log-partition, 1e-4 in Wortsman et al. (2309.14322)
     loss_chunk: int = 0  # about how many tokens' logits are in memory at once; 0: all of them
+    prompt: str = "scored"  # scored: as all else | shown: never hidden nor scored, as far as the first prompt_end
+    prompt_end: int = 0  # the token that ends a prompt
+    normaliser: str = "token"  # token: mean over scored tokens | sequence: mean over rows of the mean over theirs
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Sources: stdlib[:code|:prose], stdlib+deps[:...], markov:STATES:SEED, a file, a folder of shards, or a glob."""
+    """Sources: stdlib[:code|:prose], stdlib+deps[:...], a file, a folder of shards, a glob; or synthetic ones alone.
+
+    Synthetic: markov:STATES:SEED, line:TASK:ITEMS:SEED, pairs:COUNT:LENGTH:SEED[:forward|:reverse].
+    """
 
     sources: tuple[str, ...] = ("stdlib",)
     weights: tuple[float, ...] = (1.0,)
     decay_weights: tuple[float, ...] = ()  # the mixture of the decay phase; (): the same
-    tokenizer: str = "bpe"  # bpe (trained on the sources, cached) | byte | none (markov, shards) | path of a .model
+    tokenizer: str = "bpe"  # bpe (trained on the sources, cached) | byte | none (synthetic, shards) | path of a .model
     vocab_size: int = 1024  # of a bpe tokenizer to train
     seq_len: int = 128
     packing: str = "segments"  # segments: packed documents do not see each other | concat: they do
@@ -188,6 +218,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
+MASKING = ("masked_diffusion", "block_diffusion")  # objectives that hide tokens
 NOT_IDENTITY = ("mesh", "log")
 
 # Fields that are inputs of the compiled step or never reach it: runs that differ only here share one Program.

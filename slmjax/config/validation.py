@@ -4,9 +4,18 @@ import dataclasses
 import itertools
 import math
 
-from slmjax.config.fields import ConfigError, ModelConfig, MoeConfig, RunConfig, StartConfig
+from slmjax.config.fields import (
+    MASKING,
+    ConfigError,
+    DiffusionConfig,
+    ModelConfig,
+    MoeConfig,
+    RunConfig,
+    StartConfig,
+)
 from slmjax.config.keys import flatten, nearest
 from slmjax.config.phases import decay_start, decay_steps
+from slmjax.config.synthetic import is_synthetic
 
 
 def validate(cfg: RunConfig) -> None:
@@ -15,6 +24,7 @@ def validate(cfg: RunConfig) -> None:
     _validate_ranges(cfg)
     _validate_shapes(cfg)
     _validate_moe(cfg)
+    _validate_objective(cfg)
     _validate_start(cfg)
     _validate_data(cfg)
     _validate_schedule(cfg)
@@ -32,7 +42,16 @@ def _validate_choices(cfg: RunConfig) -> None:
     _check_choice("model.parametrization.name", model.parametrization.name, schemes)
     _check_choice("model.moe.gate", model.moe.gate, ("softmax", "topk_softmax", "sigmoid"))
     _check_choice("model.moe.dispatch", model.moe.dispatch, ("dropless", "capacity", "expert_choice"))
-    _check_choice("objective.name", cfg.objective.name, ("next_token",), extensible=True)
+    _check_choice("objective.name", cfg.objective.name, ("next_token", *MASKING), extensible=True)
+    _check_choice("model.mask_row", model.mask_row, ("auto", "yes", "no"))
+    _check_choice("objective.prompt", cfg.objective.prompt, ("scored", "shown"))
+    _check_choice("objective.normaliser", cfg.objective.normaliser, ("token", "sequence"))
+    noise, key = cfg.objective.diffusion, "objective.diffusion"
+    _check_choice(f"{key}.estimator", noise.estimator, ("bernoulli", "l_uniform"))
+    _check_choice(f"{key}.time", noise.time, ("jitter", "low_discrepancy", "antithetic", "iid"))
+    _check_choice(f"{key}.schedule", noise.schedule, ("linear", "cosine", "polynomial"))
+    _check_choice(f"{key}.weighting", noise.weighting, ("elbo", "flat", "clipped"))
+    _check_choice(f"{key}.alignment", noise.alignment, ("same", "shifted"))
     _check_choice("data.packing", cfg.data.packing, ("segments", "concat"))
     _check_choice("optim.name", cfg.optim.name, ("adamw", "muon"), extensible=True)
     _check_choice("optim.decay_rule", cfg.optim.decay_rule, ("lr", "independent"))
@@ -48,13 +67,15 @@ def _validate_ranges(cfg: RunConfig) -> None:
         "model.width model.num_layers model.num_heads model.num_kv_heads model.head_dim model.mlp_width data.seq_len "
         "train.steps train.batch_size train.eval_sequences optim.micro_batches optim.max_skips log.log_every "
         "log.keep_checkpoints mesh.fsdp mesh.tensor mesh.expert mesh.steps_per_dispatch "
-        "model.parametrization.base_width model.parametrization.base_layers model.moe.experts_per_token model.moe.every"
+        "model.parametrization.base_width model.parametrization.base_layers model.moe.experts_per_token "
+        "model.moe.every objective.diffusion.block objective.diffusion.eval_draws"
     ).split():
         _check_range(key, flat[key], 1)
     for key in (
         "model.rope_theta model.norm_eps optim.lr optim.eps model.parametrization.init_std "
         "model.parametrization.embed_multiplier model.parametrization.residual_multiplier "
-        "model.parametrization.logits_multiplier model.moe.capacity_factor model.moe.routed_scale model.moe.router_std"
+        "model.parametrization.logits_multiplier model.moe.capacity_factor model.moe.routed_scale model.moe.router_std "
+        "objective.diffusion.exponent objective.diffusion.max_weight"
     ).split():
         _check_range(key, flat[key], 0, open_low=True)
     for key in (
@@ -73,6 +94,11 @@ def _validate_ranges(cfg: RunConfig) -> None:
     _check_range("data.held_out", cfg.data.held_out, 0, 0.5, open_low=True)
     _check_range("model.parametrization.depth_alpha", cfg.model.parametrization.depth_alpha, 0.5, 1)
     _check_range("start.redrawn", cfg.start.redrawn, 0, 1)
+    _check_range("objective.prompt_end", cfg.objective.prompt_end, 0)
+    noise = cfg.objective.diffusion
+    _check_range("objective.diffusion.max_rate", noise.max_rate, 0, 1, open_low=True)
+    _check_range("objective.diffusion.min_rate", noise.min_rate, 0, noise.max_rate, open_low=True)
+    _check_range("objective.diffusion.random_length", noise.random_length, 0, 1)
     _check_range("schedule.final_ratio", cfg.schedule.final_ratio, 0, 1)
     _check_range("schedule.decay_fraction", cfg.schedule.decay_fraction, 0, 1, open_low=True)
 
@@ -171,6 +197,61 @@ def _refuse_without_effect(moe: MoeConfig) -> None:
         )
 
 
+def _validate_objective(cfg: RunConfig) -> None:
+    name, noise = cfg.objective.name, cfg.objective.diffusion
+    _refuse_noise_without_effect(name, noise)
+    if cfg.objective.prompt == "scored" and cfg.objective.prompt_end:
+        raise ConfigError(
+            f"objective.prompt_end={cfg.objective.prompt_end} has no effect with objective.prompt='scored'; use 'shown'"
+        )
+    if name not in MASKING:
+        return
+    if cfg.model.mask_row == "no":
+        raise ConfigError(
+            f"model.mask_row='no' leaves objective.name={name!r} nothing to show for a hidden token; use 'auto'"
+        )
+    if noise.time == "antithetic" and cfg.train.batch_size % 2:
+        raise ConfigError(
+            f"train.batch_size={cfg.train.batch_size} is odd, and objective.diffusion.time='antithetic' pairs rows; "
+            "use an even number, or time='jitter'"
+        )
+    if name == "block_diffusion":
+        if cfg.data.seq_len % noise.block:
+            raise ConfigError(
+                f"objective.diffusion.block={noise.block} does not divide data.seq_len={cfg.data.seq_len}; "
+                "use a divisor"
+            )
+        if cfg.model.moe.num_experts and cfg.model.moe.dispatch != "dropless":
+            raise ConfigError(
+                f"model.moe.dispatch={cfg.model.moe.dispatch!r} with objective.name='block_diffusion': which tokens an "
+                "expert takes depends on later blocks, which leaks what is to be predicted; use 'dropless'"
+            )
+
+
+def _refuse_noise_without_effect(name: str, noise: DiffusionConfig) -> None:
+    """Fields of `objective.diffusion` that change a run's name and nothing else."""
+    fields = {field.name: field.default for field in dataclasses.fields(DiffusionConfig)}
+    if name not in MASKING:
+        reason, unread = f"objective.name={name!r}", set() if "." in name else set(fields)
+    elif name == "masked_diffusion":
+        reason, unread = "objective.name='masked_diffusion'", {"block"}
+    else:
+        reason, unread = "objective.name='block_diffusion'", {"alignment", "random_length"}
+    by_field = dict.fromkeys(unread, reason)
+    if noise.estimator == "l_uniform":
+        by_field |= dict.fromkeys(("schedule", "min_rate", "max_rate"), "objective.diffusion.estimator='l_uniform'")
+    if noise.schedule != "polynomial" or noise.estimator == "l_uniform":
+        by_field["exponent"] = "a schedule other than 'polynomial'"
+    if noise.weighting != "clipped":
+        by_field["max_weight"] = f"objective.diffusion.weighting={noise.weighting!r}"
+    for field, reason in by_field.items():
+        if getattr(noise, field) != fields[field]:
+            raise ConfigError(
+                f"objective.diffusion.{field}={getattr(noise, field)!r} has no effect with {reason}; leave it at "
+                f"{fields[field]!r}"
+            )
+
+
 def _validate_start(cfg: RunConfig) -> None:
     start = cfg.start
     if not start.run:
@@ -239,9 +320,12 @@ def _validate_data(cfg: RunConfig) -> None:
             _check_range(f"data.{key}", weight, 0)
         if not data.sources or sum(weights) <= 0:
             raise ConfigError(f"data.{key}={weights} must have a positive sum")
-    markov = [source.startswith("markov:") for source in data.sources]
-    if any(markov) and (not all(markov) or data.tokenizer != "none"):
-        raise ConfigError(f"data.sources={data.sources}: markov chains are tokens already; use data.tokenizer='none'")
+    drawn = [is_synthetic(source) for source in data.sources]
+    if any(drawn) and (not all(drawn) or data.tokenizer != "none"):
+        raise ConfigError(
+            f"data.sources={data.sources}: synthetic sources are tokens already; use them alone, with "
+            "data.tokenizer='none'"
+        )
 
 
 def _validate_schedule(cfg: RunConfig) -> None:

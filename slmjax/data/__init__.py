@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from slmjax.config import ConfigError, RunConfig
-from slmjax.data import markov, order
+from slmjax.data import order, synthetic
 from slmjax.data.build import build_shards
 from slmjax.data.corpus import DataError
 from slmjax.data.report import inspect
@@ -33,7 +33,7 @@ class Dataset(NamedTuple):
     bytes_per_token: float | None  # of the targets of `held_out`, BOS counted as a token of 0 bytes; None: not text
     fingerprint: dict  # {"tokenizer": hash, "corpus": hash}
     epochs_at: Callable  # epochs_at(step) -> float: most passes over any source after `step` steps
-    entropy: float | None  # nats per token the best possible model reaches; a single Markov source only
+    entropy: float | None  # nats per token the best possible model reaches; None: not known
 
 
 def open_dataset(cfg: RunConfig) -> Dataset:
@@ -47,8 +47,9 @@ def open_dataset(cfg: RunConfig) -> Dataset:
     sources = open_sources(cfg.data)
     held_out = _held_out(cfg, sources)
     entropy = None
-    if len(sources) == 1 and sources[0].train.count is None:
-        entropy = markov.chain(*markov.parse(sources[0].spec)).entropy_rate
+    # Where prompts are not scored, what is left is not the mean of a row.
+    if len(sources) == 1 and synthetic.module_of(sources[0].spec) and cfg.objective.prompt == "scored":
+        entropy = synthetic.module_of(sources[0].spec).entropy(sources[0].spec)
     corpora = [source.corpus for source in sources]
     return Dataset(
         batch_at=_make_batch_at(cfg, sources, mixture),

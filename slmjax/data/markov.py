@@ -38,6 +38,15 @@ def parse(spec: str) -> tuple[int, int]:
     return states, seed
 
 
+def vocab_size(spec: str) -> int:
+    return parse(spec)[0]
+
+
+def entropy(spec: str) -> float:
+    """Nats per token of a long row."""
+    return chain(*parse(spec)).entropy_rate
+
+
 @lru_cache(maxsize=4)
 def chain(states: int, seed: int) -> Chain:
     """The chain of (states, seed). Every transition is possible, so it is ergodic and its entropy rate is unique.

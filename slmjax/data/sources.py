@@ -8,7 +8,7 @@ import numpy as np
 
 from slmjax import tokenizer as tokenizers
 from slmjax.config import ConfigError, DataConfig
-from slmjax.data import build, embedded, files, markov, order, shards
+from slmjax.data import build, embedded, files, order, shards, synthetic
 from slmjax.data.corpus import Corpus
 from slmjax.tokenizer import Tokenizer
 
@@ -40,8 +40,8 @@ def open_sources(data: DataConfig) -> list[Source]:
     Raises:
       ConfigError: an unknown source, a tokenizer that does not fit, or a split with less than one window.
     """
-    if data.sources[0].startswith("markov:"):  # all are, or none: config.validate
-        return [_open_markov(spec, data.seq_len) for spec in data.sources]
+    if synthetic.module_of(data.sources[0]):  # all are, or none: config.validate
+        return [_open_synthetic(spec, data.seq_len) for spec in data.sources]
     opened = [_open(spec, data) for spec in data.sources]
     tokenizer = _open_tokenizer(data, [source for source in opened if isinstance(source, Corpus)])
     sources = []
@@ -125,12 +125,12 @@ def _windows(tokens: shards.Tokens, T: int) -> Windows:
     return Windows(read, (tokens.num_tokens - 1) // T, tokens.num_tokens, documents or None, text_bytes or None)
 
 
-def _open_markov(spec: str, T: int) -> Source:
-    states, _ = markov.parse(spec)
+def _open_synthetic(spec: str, T: int) -> Source:
+    module = synthetic.module_of(spec)
     train, held_out = (
-        Windows(markov.sampler(spec, split, T + 1), None, None, None, None) for split in ("train", "held_out")
+        Windows(module.sampler(spec, split, T + 1), None, None, None, None) for split in ("train", "held_out")
     )
-    return Source(spec, train, held_out, states, None, None, "none", spec)
+    return Source(spec, train, held_out, module.vocab_size(spec), None, None, "none", spec)
 
 
 def epochs(sources: list[Source], mixture: order.Mixture, step: int) -> list[float]:

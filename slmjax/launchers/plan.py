@@ -69,7 +69,7 @@ def make_plan(source: Study) -> Plan:
 
 def _planned(run: study.Run, by_id: dict[str, study.Run]) -> PlannedRun:
     cfg = run.config
-    counts, D = ladder.count_params(cfg.model, ladder.vocab_size(cfg)), ladder.num_tokens(cfg)
+    counts, D = ladder.run_counts(cfg), ladder.num_tokens(cfg)
     N = counts.active_non_embedding
     return PlannedRun(
         run_id=run.run_id,

@@ -50,13 +50,18 @@ class Model(NamedTuple):
     """A family's pure functions. `params` is a nested dict of float32 arrays laid out as `specs`.
 
     init: (key, init_std=None) → params. Each tensor's draw depends on the key and its own path alone.
-    hidden: (params, tokens_BT, segments_BT or None, attention "causal" | "full") → (x_BTD, extras).
+    hidden: (params, tokens_BT, segments_BT or None, attention) → (x_BTD, extras). attention is one of those that
+      `models.attention.attend` lists; of a model with mask_row="yes", a token may be -1, hidden.
       extras["activations"] holds mean absolute activations by name, scalars or one per layer, for the coordinate check;
       extras["sums"], of a model with `auxiliary`, what that reads.
     readout: params → what `unembed` reads of them, laid out for its product.
     unembed: (readout, x_...D) → float32 logits_...V. Apart from `hidden`, so that a loss may take it in chunks.
     specs: nested dict of ParamSpec.
     rules: ParamSpec → Rule.
+    memory, extend: None, or what generation with a cache needs. memory: (B, S) → keys and values of no token yet.
+      extend: (params, tokens_BT, positions_BT, memory, seen_BTS) → (x_BTD, memory): the tokens at these positions of
+      rows of S, which see of the memory what `seen_BTS` says and put their own keys and values there; a position of S
+      or more puts nothing there.
     auxiliary: None, or what beside the objective's loss is to be minimised, kept up and logged.
     """
 
@@ -67,6 +72,8 @@ class Model(NamedTuple):
     specs: dict
     rules: Callable[[ParamSpec], Rule]
     auxiliary: Auxiliary | None = None
+    memory: Callable | None = None
+    extend: Callable | None = None
 
     def apply(self, params, tokens_BT, segments_BT=None, attention: str = "causal"):
         """float32 logits_BTV and extras."""

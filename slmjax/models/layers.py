@@ -4,6 +4,7 @@ Letters: B batch, T positions, D width, H query heads, K key/value heads, C chan
 """
 
 import math
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -14,7 +15,7 @@ from slmjax.config import ModelConfig
 from slmjax.ladder import GATED
 from slmjax.models import ParamSpec
 from slmjax.models.activation import activate
-from slmjax.models.attention import attend
+from slmjax.models.attention import attend, positions, recall
 from slmjax.parametrization import Parametrization
 
 
@@ -71,24 +72,43 @@ class RMSNorm(nn.Module):
         return (x32 * inverse_rms * jnp.expand_dims(gain, range(x.ndim - 1))).astype(x.dtype)
 
 
-def rotate(x_BTHC, theta: float):
-    """Rotary position embedding (2104.09864), channel i paired with i + C/2."""
-    T, C = x_BTHC.shape[1], x_BTHC.shape[-1]
+def rotate(x_BTHC, positions_BT, theta: float):
+    """Rotary position embedding (2104.09864), channel i paired with i + C/2. Of positions, B may be 1."""
+    C = x_BTHC.shape[-1]
     frequency_c = theta ** (-jnp.arange(C // 2, dtype=jnp.float32) / (C // 2))
-    angle_Tc = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_c[None]
-    cos, sin = (f(angle_Tc)[None, :, None].astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
+    angle_BTc = positions_BT.astype(jnp.float32)[..., None] * frequency_c[None, None]
+    cos, sin = (f(angle_BTc)[:, :, None].astype(x_BTHC.dtype) for f in (jnp.cos, jnp.sin))
     left, right = jnp.split(x_BTHC, 2, axis=-1)
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
+class Memory(NamedTuple):
+    """One layer's keys and values at all S positions of a row, and where the T inputs of a call stand among them.
+
+    positions_BT: each input's place, whose key and value it replaces; S or more leaves them alone.
+    seen_BTS: which places each input attends to.
+    """
+
+    key_BSKC: jax.Array
+    value_BSKC: jax.Array
+    positions_BT: jax.Array
+    seen_BTS: jax.Array
+
+    def updated(self, k_BTKC, v_BTKC) -> "Memory":
+        rows_B1 = jnp.arange(len(self.positions_BT))[:, None]
+        key_BSKC = self.key_BSKC.at[rows_B1, self.positions_BT].set(k_BTKC, mode="drop")
+        value_BSKC = self.value_BSKC.at[rows_B1, self.positions_BT].set(v_BTKC, mode="drop")
+        return self._replace(key_BSKC=key_BSKC, value_BSKC=value_BSKC)
+
+
 class Attention(nn.Module):
-    """Grouped-query self-attention, BTD → BTD."""
+    """Grouped-query self-attention, BTD → BTD; with a Memory, over what it holds, and the Memory with these inputs."""
 
     cfg: ModelConfig
     kind: str  # global | window
 
     @nn.compact
-    def __call__(self, x_BTD, segments_BT, attention: str):
+    def __call__(self, x_BTD, segments_BT, attention: str, memory: Memory | None = None):
         cfg = self.cfg
         D, H, K, C = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         query_DHC = weight(self, "query", (D, H, C), ("embed", "heads", "head"))
@@ -101,17 +121,18 @@ class Attention(nn.Module):
         if cfg.qk_norm:
             q_BTHC = RMSNorm(cfg, "head", name="query_norm")(q_BTHC)
             k_BTKC = RMSNorm(cfg, "head", name="key_norm")(k_BTKC)
-        q_BTHC, k_BTKC = (rotate(a, cfg.rope_theta) for a in (q_BTHC, k_BTKC))
-        y_BTHC = attend(
-            q_BTHC,
-            k_BTKC,
-            v_BTKC,
-            segments_BT,
-            causal=attention == "causal",
-            window=cfg.window if self.kind == "window" else 0,
-            scale=Parametrization(cfg).attention_scale,
-        )
-        return jnp.einsum("bthc,hcd->btd", y_BTHC, out_HCD)
+        positions_BT = positions(attention, x_BTD.shape[1]) if memory is None else memory.positions_BT
+        q_BTHC, k_BTKC = (rotate(a, positions_BT, cfg.rope_theta) for a in (q_BTHC, k_BTKC))
+        window, scale = cfg.window if self.kind == "window" else 0, Parametrization(cfg).attention_scale
+        if memory is None:
+            y_BTHC = attend(q_BTHC, k_BTKC, v_BTKC, segments_BT, attention=attention, window=window, scale=scale)
+        else:
+            memory, seen_BTS = memory.updated(k_BTKC, v_BTKC), memory.seen_BTS
+            if window:
+                away_BTS = positions_BT[..., None] - jnp.arange(seen_BTS.shape[-1])[None, None]
+                seen_BTS = seen_BTS & (jnp.abs(away_BTS) < window)
+            y_BTHC = recall(q_BTHC, memory.key_BSKC, memory.value_BSKC, seen_BTS, scale=scale)
+        return jnp.einsum("bthc,hcd->btd", y_BTHC, out_HCD), memory
 
 
 class Mlp(nn.Module):

@@ -87,10 +87,10 @@ def _dispatch(cfg: ModelConfig, x_BTD, routing: Routing, kernels, attention: str
     """(y_BTD, count_E, dropped), as `Sums` has them."""
     moe = cfg.moe
     if moe.dispatch == "expert_choice":
-        if attention == "causal":
+        if attention != "full":
             raise ConfigError(
-                "model.moe.dispatch='expert_choice' under causal attention: whether an expert takes a token depends on "
-                "the tokens after it, which leaks what is to be predicted; use 'dropless'"
+                f"model.moe.dispatch='expert_choice' under {attention} attention: whether an expert takes a token "
+                "depends on the tokens after it, which leaks what is to be predicted; use 'dropless'"
             )
         share = moe.experts_per_token / moe.num_experts
         places = min(x_BTD.shape[1], max(1, round(moe.capacity_factor * share * x_BTD.shape[1])))

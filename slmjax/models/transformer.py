@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from slmjax.config import ModelConfig
 from slmjax.models import Model, ParamSpec, init_from_specs, is_spec, moe
 from slmjax.models.block import Block
-from slmjax.models.layers import RMSNorm, mean_abs, specs_of
+from slmjax.models.layers import Memory, RMSNorm, mean_abs, specs_of
 from slmjax.parametrization import Parametrization
 
 FEED_FORWARDS = ("mlp", "moe")
@@ -27,6 +27,8 @@ def build(cfg: ModelConfig) -> Model:
     return Model(
         init=init_from_specs(specs, cfg),
         hidden=functools.partial(_hidden, cfg),
+        memory=functools.partial(_memory, cfg),
+        extend=functools.partial(_extend, cfg),
         readout=functools.partial(_readout, cfg),
         unembed=functools.partial(_unembed, cfg),
         specs=specs,
@@ -50,6 +52,8 @@ def _specs(cfg: ModelConfig) -> dict:
         "blocks": blocks,
         "final_norm": specs_of(RMSNorm(cfg), x_BTD),
     }
+    if cfg.mask_row == "yes":
+        specs["embed"]["mask"] = ParamSpec((D,), ("embed",), "embed", V)
     if not cfg.tied_embeddings:
         specs["head"] = {"kernel": ParamSpec((D, V), ("embed", "vocab"), "readout", D)}
     return specs
@@ -67,15 +71,44 @@ def _scales(cfg: ModelConfig, layer: int):
 
 
 def _hidden(cfg: ModelConfig, params, tokens_BT, segments_BT=None, attention: str = "causal"):
-    x_BTD = params["embed"]["table"][tokens_BT].astype(cfg.dtype)
-    multiplier = Parametrization(cfg).embed_multiplier
-    x_BTD = x_BTD if multiplier == 1.0 else multiplier * x_BTD
+    x_BTD = _embed(cfg, params["embed"], tokens_BT)
     run = _scanned if cfg.scan_layers else _unrolled
     y_BTD, activations, sums = run(cfg, params["blocks"], x_BTD, segments_BT, attention)
     extras = {"activations": {"embed": mean_abs(x_BTD), **activations}}
     if sums is not None:
         extras["sums"] = sums
     return RMSNorm(cfg).apply({"params": params["final_norm"]}, y_BTD), extras
+
+
+def _embed(cfg: ModelConfig, params, tokens_BT):
+    """A hidden token, -1, has an embedding that is no row of the table: the readout must not predict it."""
+    x_BTD = params["table"][jnp.maximum(tokens_BT, 0) if "mask" in params else tokens_BT]
+    if "mask" in params:
+        x_BTD = jnp.where((tokens_BT < 0)[..., None], params["mask"][None, None], x_BTD)
+    multiplier = Parametrization(cfg).embed_multiplier
+    x_BTD = x_BTD.astype(cfg.dtype)
+    return x_BTD if multiplier == 1.0 else multiplier * x_BTD
+
+
+def _memory(cfg: ModelConfig, B: int, S: int):
+    """Keys and values of no token yet: a (key, value) of zeros [B, S, K, C] for every layer."""
+    empty_BSKC = jnp.zeros((B, S, cfg.num_kv_heads, cfg.head_dim), cfg.dtype)
+    return ((empty_BSKC, empty_BSKC),) * cfg.num_layers
+
+
+def _extend(cfg: ModelConfig, params, tokens_BT, positions_BT, memory, seen_BTS):
+    """As `_hidden` of the tokens at some positions of rows whose other keys and values are in `memory`."""
+    x_BTD, kinds = _embed(cfg, params["embed"], tokens_BT), _kinds(cfg)
+    remembered = []
+    for layer, (kind, of_layer, (key_BSKC, value_BSKC)) in enumerate(
+        zip(kinds, _layers(params["blocks"], kinds), memory, strict=True)
+    ):
+        before = Memory(key_BSKC, value_BSKC, positions_BT, seen_BTS)
+        x_BTD, _, _, after = Block(cfg, *kind).apply(
+            {"params": of_layer}, x_BTD, None, "full", _scales(cfg, layer), before
+        )
+        remembered.append((after.key_BSKC, after.value_BSKC))
+    return RMSNorm(cfg).apply({"params": params["final_norm"]}, x_BTD), tuple(remembered)
 
 
 def _kinds(cfg: ModelConfig) -> list[tuple[str, str]]:
@@ -115,7 +148,7 @@ def _through(cfg: ModelConfig, kinds, layers, scales, x_BTD, segments_BT, attent
     """x_BTD after these layers, their activations stacked, and the stacked sums of those with experts, or None."""
     activations, sums = [], []
     for kind, params, scale in zip(kinds, layers, scales, strict=True):
-        x_BTD, seen, of_experts = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scale)
+        x_BTD, seen, of_experts, _ = _block(cfg, kind, segments_BT, attention)(params, x_BTD, scale)
         activations.append(seen)
         sums += [of_experts] if of_experts is not None else []
     return x_BTD, _stack(activations), _stack(sums)

@@ -6,7 +6,7 @@ model: it says what to show (`View`) and which attention to use, and the trainer
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,24 +15,38 @@ from slmjax.config import ObjectiveConfig, exported
 
 
 class View(NamedTuple):
-    """What the model is shown and scored on. Losses are sums of weight x nll over positions, divided by `count`."""
+    """What the model is shown and scored on. Losses are sums of weight x nll over positions, divided by `count`.
+
+    Where inputs are longer than T, the first T positions are scored. An input of -1 is a hidden token.
+    """
 
     inputs_BT: jax.Array
     targets_BT: jax.Array
     weights_BT: jax.Array
     segments_BT: jax.Array | None
     count: jax.Array  # of the whole batch, so that micro-batches add up to it
+    noise: Any = None  # of objectives that hide tokens, a `noise.Noise`
 
 
 class Objective(NamedTuple):
     """view: (tokens_BT1, segments_BT1 or None, key) → View, pure. T + 1 tokens give T inputs and T targets.
 
-    attention: "causal" or "full". kind: whether the loss is the `exact` negative log-likelihood or an upper `bound`.
+    attention: "causal", "full", or "block:N" (a noisy copy of the row and a clean one, `models.attention`).
+    kind: whether the loss is the `exact` negative log-likelihood or an upper `bound`.
+    score: as `view` with the number of the draw, for held-out losses; None: `view`. Rows are scored `num_draws` times.
+    ratios: (view, nll_BT) → {name: (sum, count)}, which add over micro-batches and are logged as sum / count.
+    alignment: whether position i speaks of token i (`same`) or of i + 1 (`shifted`), where the model is a denoiser.
+    decoding: the attention of a denoiser, where it is another one.
     """
 
     view: Callable
     attention: str
     kind: str
+    score: Callable | None = None
+    num_draws: int = 1
+    ratios: Callable = lambda view, nll_BT: {}
+    alignment: str = "same"
+    decoding: str | None = None
 
 
 def build(cfg: ObjectiveConfig) -> Objective:
@@ -54,13 +68,12 @@ def token_losses(unembed, params, x_BTD, targets_BT, chunk: int = 0):
         x_ND, targets_N = chunk
         return cross_entropy(unembed(params, x_ND), targets_N)[0]
 
-    nll_KN = jax.lax.map(losses, _in_chunks((x_BTD, targets_BT), chunk))
-    B, T = targets_BT.shape
-    return jnp.moveaxis(nll_KN.reshape(-1, B, T // nll_KN.shape[0]), 0, 1).reshape(B, T)
+    return _whole(jax.lax.map(losses, _in_chunks((x_BTD, targets_BT), chunk)), targets_BT.shape)
 
 
 def weighted_loss(unembed, params, x_BTD, view: View, z_loss, chunk: int = 0):
-    """(loss, nll): loss = sum of weight x (nll + z_loss x log_partition²) / count, and its nll part alone.
+    """(loss, nll_BT): loss = sum of weight x (nll + z_loss x log_partition²) / count, and each position's nll, through
+    which no gradient flows.
 
     `params` are what `unembed` reads. With `chunk`, a scan takes that many tokens at a time, or one position of every
     sequence if those are more, and makes each chunk's gradient while its logits are at hand: the whole batch's are
@@ -68,10 +81,11 @@ def weighted_loss(unembed, params, x_BTD, view: View, z_loss, chunk: int = 0):
     """
     rows = _in_chunks((x_BTD, view.targets_BT, view.weights_BT), chunk)
     if len(rows[0]) == 1:
-        total, nll = _sums(unembed, params, *(a[0] for a in rows), z_loss)
+        total, nll_N = _sums(unembed, params, *(a[0] for a in rows), z_loss)
+        nll_KN = nll_N[None]
     else:
-        total, nll = _chunked_sums(unembed, params, *rows, z_loss)
-    return total / view.count, jax.lax.stop_gradient(nll) / view.count
+        total, nll_KN = _chunked_sums(unembed, params, *rows, z_loss)
+    return total / view.count, jax.lax.stop_gradient(_whole(nll_KN, view.targets_BT.shape))
 
 
 def _in_chunks(arrays_BT, chunk: int):
@@ -85,6 +99,12 @@ def _in_chunks(arrays_BT, chunk: int):
     )
 
 
+def _whole(nll_KN, shape: tuple[int, int]):
+    """Of all chunks again [B, T]."""
+    B, T = shape
+    return jnp.moveaxis(nll_KN.reshape(-1, B, T // nll_KN.shape[0]), 0, 1).reshape(B, T)
+
+
 def _positions(B: int, T: int, chunk: int) -> int:
     """How many positions of B sequences make a chunk: the most that divide T and give at most `chunk` tokens, or 1."""
     return next((t for t in range(T, 0, -1) if T % t == 0 and B * t <= chunk), 1) if chunk else T
@@ -92,29 +112,30 @@ def _positions(B: int, T: int, chunk: int) -> int:
 
 def _sums(unembed, params, x_ND, targets_N, weights_N, z_loss):
     nll_N, log_partition_N = cross_entropy(unembed(params, x_ND), targets_N)
-    nll = jnp.sum(weights_N * nll_N)
-    return nll + z_loss * jnp.sum(weights_N * jnp.square(log_partition_N)), nll
+    total = jnp.sum(weights_N * nll_N) + z_loss * jnp.sum(weights_N * jnp.square(log_partition_N))
+    return total, nll_N
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked_sums(unembed, params, x_KND, targets_KN, weights_KN, z_loss):
-    def body(sums, chunk):
-        return jax.tree.map(jnp.add, sums, _sums(unembed, params, *chunk, z_loss)), None
+    def body(total, chunk):
+        added, nll_N = _sums(unembed, params, *chunk, z_loss)
+        return total + added, nll_N
 
-    return jax.lax.scan(body, (0.0, 0.0), (x_KND, targets_KN, weights_KN))[0]
+    return jax.lax.scan(body, 0.0, (x_KND, targets_KN, weights_KN))
 
 
 def _chunked_sums_forward(unembed, params, x_KND, targets_KN, weights_KN, z_loss):
     def body(carry, chunk):
-        sums, params_grad = carry
+        total, params_grad = carry
         x_ND, *rest = chunk
-        total, backward, nll = jax.vjp(lambda p, x: _sums(unembed, p, x, *rest, z_loss), params, x_ND, has_aux=True)
-        p_grad, x_grad_ND = backward(jnp.ones_like(total))
-        return (jax.tree.map(jnp.add, sums, (total, nll)), jax.tree.map(jnp.add, params_grad, p_grad)), x_grad_ND
+        added, backward, nll_N = jax.vjp(lambda p, x: _sums(unembed, p, x, *rest, z_loss), params, x_ND, has_aux=True)
+        p_grad, x_grad_ND = backward(jnp.ones_like(added))
+        return (total + added, jax.tree.map(jnp.add, params_grad, p_grad)), (x_grad_ND, nll_N)
 
-    zeros = (0.0, 0.0), jax.tree.map(jnp.zeros_like, params)
-    (sums, params_grad), x_grad_KND = jax.lax.scan(body, zeros, (x_KND, targets_KN, weights_KN))
-    return sums, (params_grad, x_grad_KND)
+    zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
+    (total, params_grad), (x_grad_KND, nll_KN) = jax.lax.scan(body, zeros, (x_KND, targets_KN, weights_KN))
+    return (total, nll_KN), (params_grad, x_grad_KND)
 
 
 def _chunked_sums_backward(unembed, gradients, cotangents):
