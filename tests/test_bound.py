@@ -191,7 +191,7 @@ def test_of_a_long_chain_the_estimate_is_its_entropy(seed):
         x_NT[:, i] = np.minimum((sums_VV[x_NT[:, i - 1]] < rng.random((N, 1))).sum(1), V - 1)
     found = monte_carlo.monte_carlo(posterior(chain), x_NT, mask_id=V, num_draws=1, seed=seed, rows_per_call=512)
     se = found.nats_B.std() / math.sqrt(N)
-    assert abs(found.nats_B.mean() - entropy(chain, L)) < 4 * se < 2.0
+    assert abs(found.nats_B.mean() - entropy(chain, L)) < 4 * se < 0.03 * entropy(chain, L)
 
 
 def test_a_single_token_needs_one_draw_and_prompts_are_not_scored(seed):
@@ -206,7 +206,7 @@ def test_a_single_token_needs_one_draw_and_prompts_are_not_scored(seed):
     pair = x_BT[:, 2:]
     shared = monte_carlo.monte_carlo(posterior(chain), pair, mask_id=V, num_draws=8, noise="shared", seed=seed)
     one = monte_carlo.monte_carlo(posterior(chain), pair[:1], mask_id=V, num_draws=8, noise="shared", seed=seed)
-    assert shared.nats_B[0] == one.nats_B[0]  # the other answers change nothing
+    assert shared.nats_B[0] == pytest.approx(one.nats_B[0], abs=1e-9)  # the other answers change nothing
     with pytest.raises(ValueError, match="mask_id=3"):
         monte_carlo.monte_carlo(posterior(chain), np.full((1, 4), 3), mask_id=V)
     with pytest.raises(ValueError, match="17 tokens"):

@@ -66,8 +66,8 @@ class Cache:
         self.restart()
 
     def restart(self) -> None:
-        self._starts_B = self._kept = None
-        self.num_calls = self.num_positions = 0
+        self._starts_B = self._active_B = self._kept = None
+        self._since = self.num_calls = self.num_positions = 0
 
     def __call__(self, tokens_BT):
         tokens_BT = np.asarray(tokens_BT, np.int32)

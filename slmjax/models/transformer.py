@@ -92,8 +92,8 @@ def _embed(cfg: ModelConfig, params, tokens_BT):
 
 def _memory(cfg: ModelConfig, B: int, S: int):
     """Keys and values of no token yet: a (key, value) of zeros [B, S, K, C] for every layer."""
-    empty_BSKC = jnp.zeros((B, S, cfg.num_kv_heads, cfg.head_dim), cfg.dtype)
-    return ((empty_BSKC, empty_BSKC),) * cfg.num_layers
+    shape = (B, S, cfg.num_kv_heads, cfg.head_dim)
+    return tuple((jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype)) for _ in range(cfg.num_layers))
 
 
 def _extend(cfg: ModelConfig, params, tokens_BT, positions_BT, memory, seen_BTS):

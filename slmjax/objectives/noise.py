@@ -139,7 +139,7 @@ def level_ratios(noise: Noise, nll_BT) -> dict[str, tuple[jax.Array, jax.Array]]
     """
     hidden_BT = (noise.bound_BT > 0).astype(jnp.float32)
     level_BT = jnp.clip((noise.rate_BT * NUM_LEVELS).astype(jnp.int32), 0, NUM_LEVELS - 1)
-    at_BTN = hidden_BT[..., None] * (level_BT[..., None] == jnp.arange(NUM_LEVELS))
+    at_BTN = hidden_BT[..., None] * jax.nn.one_hot(level_BT, NUM_LEVELS)
     return {
         "nelbo": (jnp.sum(noise.bound_BT * nll_BT), jnp.sum(noise.scored_BT)),
         "loss_by_noise": (jnp.sum(at_BTN * nll_BT[..., None], (0, 1)), jnp.sum(at_BTN, (0, 1))),
