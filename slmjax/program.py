@@ -7,6 +7,7 @@ they are batched (`jax.vmap`) or, one at a time, take the whole mesh.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,6 +77,13 @@ def init_member(model: Model, optimizer: optim.Optimizer, ema: bool, seed, init_
     return begin_member(optimizer, ema, model.init(init_key(seed), init_std), jnp.int32(0))
 
 
+def abstract_state(cfg: RunConfig) -> TrainState:
+    """Shapes and types of one member's state, of a resolved config: what its checkpoints hold."""
+    model = models.build(cfg.model)
+    init = functools.partial(init_member, model, optim.build(cfg.optim, model), cfg.optim.ema_decay > 0)
+    return jax.eval_shape(init, jnp.uint32(0), jnp.float32(1))
+
+
 def begin_member(optimizer: optim.Optimizer, ema: bool, params, step) -> TrainState:
     skips = Skips(jnp.int32(0), jnp.int32(0), jnp.float32(0))
     return TrainState(step, params, optimizer.init(params), params if ema else (), skips)
@@ -98,9 +106,10 @@ class Sums(NamedTuple):
     ratios: dict[str, tuple[jax.Array, jax.Array]]  # `Objective.ratios`
 
 
-def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callable:
+def make_gradient(cfg: RunConfig, model: Model, objective: Objective, batch_shards: int = 1) -> Callable:
     """(params, view, hyper) → (gradient, Sums), of a batch in the config's number of micro-batches."""
     chunk, num_micro = cfg.objective.loss_chunk, cfg.optim.micro_batches
+    shards = batch_shards if objective.hides else None
 
     def sums_of(params, view: View):
         _, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
@@ -110,7 +119,9 @@ def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callabl
         """(loss, Sums) of these rows; `whole` are the model's sums of the whole batch where these are not all of it."""
         x_BTD, extras = model.hidden(params, view.inputs_BT, view.segments_BT, objective.attention)
         x_BTD = x_BTD[:, : view.targets_BT.shape[1]]
-        loss, nll_BT = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk)
+        loss, nll_BT = objectives.weighted_loss(
+            model.unembed, model.readout(params), x_BTD, view, hyper.z_loss, chunk, shards
+        )
         nll = jnp.sum(view.weights_BT * nll_BT) / view.count
         ratios = objective.ratios(view, nll_BT)
         if model.auxiliary is None:
@@ -150,9 +161,11 @@ def make_gradient(cfg: RunConfig, model: Model, objective: Objective) -> Callabl
     return accumulated
 
 
-def make_train_step(cfg: RunConfig, model: Model, objective: Objective, optimizer: optim.Optimizer) -> Callable:
+def make_train_step(
+    cfg: RunConfig, model: Model, objective: Objective, optimizer: optim.Optimizer, batch_shards: int = 1
+) -> Callable:
     """(state, tokens_BT1, segments_BT1 or None, hyper) → (state, Metrics): one update of one member."""
-    gradient = make_gradient(cfg, model, objective)
+    gradient = make_gradient(cfg, model, objective, batch_shards)
 
     def step(state: TrainState, tokens_BT1, segments_BT1, hyper: Hyper):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(hyper.seed), VIEW), state.step)
@@ -224,7 +237,8 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
     model, objective = models.build(cfg.model), objectives.build(cfg.objective)
     optimizer = optim.build(cfg.optim, model)
     packed = cfg.data.packing == "segments"
-    step = make_train_step(cfg, model, objective, optimizer)
+    batch_shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
+    step = make_train_step(cfg, model, objective, optimizer, batch_shards)
     init = functools.partial(init_member, model, optimizer, cfg.optim.ema_decay > 0)
     evaluate = make_evaluate(cfg, model, objective)
     abstract = jax.eval_shape(init, jnp.uint32(0), jnp.float32(1))

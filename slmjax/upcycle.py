@@ -8,7 +8,6 @@ experts are whole copies. What cannot be exact is refused where configs are chec
 Letters as in `slmjax.models.moe`, and G groups.
 """
 
-import functools
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slmjax import config, ladder, models, optim, records
+from slmjax import config, ladder, models, records
 from slmjax.checkpoint import Checkpointer
 from slmjax.config import ConfigError, ModelConfig, RunConfig, StartConfig
-from slmjax.program import Program, TrainState, init_key, init_member
+from slmjax.program import Program, TrainState, abstract_state, init_key
 
 # What may differ between the dense model and the one that begins from it. Neither changes what the dense layers give.
 FREE = ("moe.", "dtype", "scan_layers", "remat", "parametrization.init_std")
@@ -150,7 +149,7 @@ def begin(source: Path, cfg: RunConfig, program: Program, fingerprint: dict) -> 
                 f"start.step={cfg.start.step}: run {source.name} has no checkpoint of it in {checkpoints.directory} "
                 f"(there are: {steps}); use one of these, or train that run to it with log.checkpoint_every"
             )
-        _, state, _ = checkpoints.restore(_abstract_state(dense), cfg.start.step)
+        _, state, _ = checkpoints.restore(abstract_state(dense), cfg.start.step)
     model = ladder.resolved(cfg).model
     params = jax.jit(lambda params, seed: upcycle(params, dense.model, model, cfg.start, init_key(seed)))(
         state.params, np.uint32(cfg.train.seed)
@@ -186,9 +185,3 @@ def _source_config(source: Path, cfg: RunConfig, fingerprint: dict) -> RunConfig
             )
     _check_models(dense.model, ladder.resolved(cfg).model)
     return dense
-
-
-def _abstract_state(cfg: RunConfig) -> TrainState:
-    model = models.build(cfg.model)
-    init = functools.partial(init_member, model, optim.build(cfg.optim, model), cfg.optim.ema_decay > 0)
-    return jax.eval_shape(init, jnp.uint32(0), jnp.float32(1))

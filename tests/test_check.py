@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from slmjax import check, config, ladder
+from slmjax import config, ladder
+from slmjax.check import coord as check
 
 
 def small(name: str):

@@ -16,8 +16,8 @@ FLOORS = {
     2: "scaling",
     3: "sharding data tokenizer schedules parametrization devices",
     4: "models objectives",
-    5: "evaluate checkpoint lease optim denoiser decoding likelihood tensorboard progress",
-    6: "program upcycle member",
+    5: "checkpoint lease optim denoiser decoding likelihood tensorboard progress",
+    6: "program upcycle member trained evaluate sample",
     7: "train check bench",
     8: "cli launchers environment __main__",
 }

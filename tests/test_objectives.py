@@ -89,7 +89,42 @@ def test_a_chunk_is_the_most_positions_of_every_sequence_that_fit():
         assert objectives._positions(4, 12, chunk) == expected
 
 
-def test_a_split_batch_stays_split_in_its_chunks():
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("chunk", [0, 8, 1000])
+def test_leaving_out_what_has_no_weight_changes_nothing(shards, chunk, seed):
+    params, x_BTD, view = problem(seed)
+    view.weights_BT[3] = 0
+
+    def loss(params, x_BTD, batch_shards):
+        return objectives.weighted_loss(unembed, params, x_BTD, view, 0.3, chunk, batch_shards)
+
+    ((value, nll), grads), ((expected, nll_all), expected_grads) = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, batch_shards=s), (0, 1), has_aux=True))(params, x_BTD)
+        for s in (shards, None)
+    )
+    assert value == pytest.approx(float(expected), rel=1e-5)
+    assert_same(grads, expected_grads, rtol=1e-4, atol=1e-6)
+    weighted_BT = view.weights_BT != 0
+    np.testing.assert_allclose(np.asarray(nll)[weighted_BT], np.asarray(nll_all)[weighted_BT], rtol=1e-5)
+
+
+def test_chunks_without_a_weight_are_not_computed(seed):
+    """Of 48 tokens in chunks of 4, as many chunks as those with a weight fill."""
+    params, x_BTD, view = problem(seed)
+    made = []
+
+    def counting(params, x):
+        jax.debug.callback(lambda: made.append(1))
+        return unembed(params, x)
+
+    value, _ = jax.jit(lambda x: objectives.weighted_loss(counting, params, x, view, 0.0, 4, 1))(x_BTD)
+    jax.block_until_ready(value)
+    jax.effects_barrier()
+    assert len(made) == -(-np.count_nonzero(view.weights_BT) // 4) < 12
+
+
+@pytest.mark.parametrize("batch_shards", [None, 4], ids=["all", "weighted"])
+def test_a_split_batch_stays_split_in_its_chunks(batch_shards):
     """The only thing devices tell each other is sums: no device sees another's activations."""
     params, x_BTD, view = problem(0, B=8, T=16)
     mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
@@ -97,7 +132,10 @@ def test_a_split_batch_stays_split_in_its_chunks():
     placed = View(rows, rows, rows, None, whole)
 
     def gradient(params, x_BTD, view):
-        return jax.grad(lambda p, x: objectives.weighted_loss(unembed, p, x, view, 1e-4, 32)[0], (0, 1))(params, x_BTD)
+        def loss(params, x_BTD):
+            return objectives.weighted_loss(unembed, params, x_BTD, view, 1e-4, 32, batch_shards)[0]
+
+        return jax.grad(loss, (0, 1))(params, x_BTD)
 
     split = jax.jit(gradient, in_shardings=(whole, rows, placed), out_shardings=(whole, rows))
     text = split.lower(params, x_BTD, view).compile().as_text()

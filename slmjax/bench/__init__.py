@@ -29,25 +29,28 @@ from slmjax.program import Program
 from slmjax.study import Run
 
 ROUNDS = 7
-BASELINE, DENSE = "plain JAX", "slmjax, dense"
+BASELINE, DENSE, CAUSAL = "plain JAX", "slmjax, dense", "slmjax, next token"
 
 
 BUILTIN = {  # width, layers, head width, positions, sequences, vocabulary, loss chunk
     "a": (64, 4, 16, 256, 16, 4096, 1024),
     "s": (64, 2, 16, 128, 8, 512, 0),
     "e": (256, 2, 32, 256, 16, 1024, 1024),
+    "m": (256, 4, 32, 128, 16, 4096, 1024),
 }
 
 
 def builtin(name: str) -> RunConfig:
-    """The shapes of benchmarks/README.md: `a`, where the vocabulary dominates, `s`, a wind tunnel's cell, and `e`, 8
-    experts of which 2 are active."""
+    """The shapes of benchmarks/README.md: `a`, where the vocabulary dominates, `s`, a wind tunnel's cell, `e`, 8
+    experts of which 2 are active, and `m`, masked diffusion."""
     width, layers, head_dim, seq_len, batch, vocab, chunk = BUILTIN[name]
     changes = {"data.seq_len": seq_len, "data.packing": "concat", "train.batch_size": batch, "model.vocab_size": vocab}
     shape = ladder.shape(width, layers, head_dim)
     if name == "e":
         shape |= ladder.mixture(shape["model.mlp_width"], 8, 2)
         shape["mesh.steps_per_dispatch"] = 2  # a step takes a quarter of a second on two cores
+    if name == "m":
+        shape |= {"mesh.steps_per_dispatch": 2, "objective.name": "masked_diffusion"}
     return config.override(RunConfig(), shape | changes | {"objective.loss_chunk": chunk})
 
 
@@ -66,6 +69,7 @@ class Row:
     step_mb: float | None = None  # device memory of one step, arguments included, as XLA plans it
     mfu: float | None = None  # of the data sheet's peak, where it is known
     dense_ratio: float | None = None  # of a model with experts, against the dense one of equal active parameters
+    causal_ratio: float | None = None  # of an objective that hides tokens, against next_token on the same model
 
 
 @dataclass(frozen=True)
@@ -281,6 +285,12 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
         programs[DENSE] = train.build_program([Run(dense)])
         capacity = config.override(cfg, {"model.moe.dispatch": "capacity"})
         programs["slmjax, capacity one-hot"] = train.build_program([Run(capacity)])
+    if cfg.objective.name in config.MASKING:
+        causal = config.override(cfg, {"objective": config.to_dict(config.ObjectiveConfig()), "model.mask_row": "auto"})
+        causal = config.override(causal, {"objective.loss_chunk": cfg.objective.loss_chunk})
+        programs[CAUSAL] = train.build_program([Run(causal)])
+        if "slmjax, one device" in programs:
+            programs[f"{CAUSAL}, one device"] = program.build(causal, 1, alone)
     shape = plain_shape(cfg)
     compiled = {what: compile_seconds(prog.train, *train_arguments(prog, cfg)) for what, prog in programs.items()}
     step, params, opt_state = plain_jax.make_step(shape)
@@ -301,6 +311,11 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
     flops = ladder.run_flops_per_token(cfg)["with_head"]
     sheet = devices.peak_flops(jax.devices()[0].device_kind)
 
+    def causal_of(what: str) -> str:
+        """Autoregression on as many devices."""
+        alone = f"{CAUSAL}, one device"
+        return alone if what.endswith("one device") and alone in measured else CAUSAL
+
     def row(what: str, speeds: list[float]) -> Row:
         speed = statistics.median(speeds)
         gflop_per_s = 1e-9 * flops * speed
@@ -314,6 +329,7 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
             *compiled[what],
             sheet and flops * speed / (sheet * len(jax.devices())),
             median_ratio(speeds, measured[DENSE]) if DENSE in measured else None,
+            median_ratio(speeds, measured[causal_of(what)]) if CAUSAL in measured else None,
         )
 
     return Result(

@@ -3,8 +3,9 @@
 How fast a config trains on this machine, against plain JAX (a jitted step without slmjax, in a process of its own with
 JAX's own settings), measured in turn in one call: tokens per second, time per step, seconds to compile with an empty
 and a filled cache, memory of a step, and the share of the best matrix product that the machine was seen to do. Without
---config, three small shapes: `a`, where the vocabulary dominates, `s`, a wind tunnel's cell, and `e`, 8 experts with 2
-active; a model with experts is also compared with the dense one of equal active parameters.
+--config, four small shapes: `a`, where the vocabulary dominates, `s`, a wind tunnel's cell, `e`, 8 experts with 2
+active, and `m`, masked diffusion. A model with experts is also compared with the dense one of equal active parameters,
+an objective that hides tokens with next-token prediction on the same model.
 """
 
 from absl import flags as absl_flags
@@ -14,7 +15,7 @@ from slmjax import environment
 from slmjax.cli import options
 from slmjax.config import ConfigError
 
-BUILTIN = ("a", "s", "e")
+BUILTIN = ("a", "s", "e", "m")
 
 
 def define(flag_values: FlagValues) -> None:
@@ -55,6 +56,7 @@ def _show(result) -> None:
             "ms/step": f"{row.ms_per_step:.2f}",
             "x plain JAX": f"{row.ratio:.2f}",
             **({"x dense": f"{row.dense_ratio:.2f}"} if row.dense_ratio else {}),
+            **({"x next token": f"{row.causal_ratio:.2f}"} if row.causal_ratio else {}),
             "GFLOP/s": f"{row.gflop_per_s:.1f}",
             "of peak": f"{row.peak_share:.0%}",
             "compile s": f"{row.compile_cold_s:.1f}",

@@ -16,9 +16,9 @@ from slmjax.data import order, synthetic
 from slmjax.data.build import build_shards
 from slmjax.data.corpus import DataError
 from slmjax.data.report import inspect
-from slmjax.data.sources import Source, epochs, open_sources
+from slmjax.data.sources import Source, epochs, open_sources, open_tokenizer
 
-__all__ = ["Batch", "DataError", "Dataset", "build_shards", "inspect", "open_dataset", "prefetch"]
+__all__ = ["Batch", "DataError", "Dataset", "build_shards", "inspect", "open_dataset", "open_tokenizer", "prefetch"]
 
 
 class Batch(NamedTuple):
@@ -33,7 +33,7 @@ class Dataset(NamedTuple):
     bytes_per_token: float | None  # of the targets of `held_out`, BOS counted as a token of 0 bytes; None: not text
     fingerprint: dict  # {"tokenizer": hash, "corpus": hash}
     epochs_at: Callable  # epochs_at(step) -> float: most passes over any source after `step` steps
-    entropy: float | None  # nats per token the best possible model reaches; None: not known
+    entropy: float | None  # nats per scored token of `held_out` the best possible model reaches; None: not known
 
 
 def open_dataset(cfg: RunConfig) -> Dataset:
@@ -46,10 +46,6 @@ def open_dataset(cfg: RunConfig) -> Dataset:
     mixture = order.build_mixture(cfg)
     sources = open_sources(cfg.data)
     held_out = _held_out(cfg, sources)
-    entropy = None
-    # Where prompts are not scored, what is left is not the mean of a row.
-    if len(sources) == 1 and synthetic.module_of(sources[0].spec) and cfg.objective.prompt == "scored":
-        entropy = synthetic.module_of(sources[0].spec).entropy(sources[0].spec)
     corpora = [source.corpus for source in sources]
     return Dataset(
         batch_at=_make_batch_at(cfg, sources, mixture),
@@ -61,7 +57,7 @@ def open_dataset(cfg: RunConfig) -> Dataset:
             "corpus": hashlib.sha256(repr(corpora).encode()).hexdigest()[:16],
         },
         epochs_at=lambda step: max(epochs(sources, mixture, step)),
-        entropy=entropy,
+        entropy=synthetic.floor(cfg),
     )
 
 

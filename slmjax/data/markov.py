@@ -42,9 +42,13 @@ def vocab_size(spec: str) -> int:
     return parse(spec)[0]
 
 
-def entropy(spec: str) -> float:
-    """Nats per token of a long row."""
-    return chain(*parse(spec)).entropy_rate
+def entropy(spec: str, num_tokens: int, context: bool) -> float:
+    """Nats per token of `num_tokens` tokens in a row: given the token before them (context), or nothing."""
+    law = chain(*parse(spec))
+    if context:
+        return law.entropy_rate
+    first = -float(law.stationary_S @ np.log(law.stationary_S))
+    return (first + (num_tokens - 1) * law.entropy_rate) / num_tokens
 
 
 @lru_cache(maxsize=4)

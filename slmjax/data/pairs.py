@@ -61,8 +61,11 @@ def vocab_size(spec: str) -> int:
     return 2 * SYMBOLS + 2
 
 
-def entropy(spec: str) -> float:
-    """Nats per token of a row, its start token left out: log COUNT over the row's 2 LENGTH + 1."""
+def entropy(spec: str, num_tokens: int, context: bool) -> float:
+    """Nats per token of a row, its start token left out: log COUNT over the row's 2 LENGTH + 1.
+
+    Rows are whole, whatever `num_tokens`, and the start token tells nothing: with it as `context` it is the same.
+    """
     pairs = parse(spec)
     return math.log(pairs.count) / pairs.row_len
 

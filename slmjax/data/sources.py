@@ -71,6 +71,20 @@ def _open(spec: str, data: DataConfig):
     return folders[0], None if Path(spec).expanduser().is_dir() else {path.name for path in paths}
 
 
+def open_tokenizer(data: DataConfig) -> Tokenizer | None:
+    """The tokenizer of `data`, without its tokens: of bpe, trained on the text of the sources where it is not cached.
+
+    None: the sources are tokens already, and data.tokenizer does not say whose.
+
+    Raises:
+      ConfigError: as `open_sources`.
+    """
+    if data.tokenizer != "bpe":
+        return _open_tokenizer(data, [])
+    opened = (_open(spec, data) for spec in data.sources)
+    return _open_tokenizer(data, [source for source in opened if isinstance(source, Corpus)])
+
+
 def _open_tokenizer(data: DataConfig, corpora: list[Corpus]) -> Tokenizer | None:
     if data.tokenizer == "none":
         if corpora:

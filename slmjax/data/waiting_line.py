@@ -104,8 +104,11 @@ def vocab_size(spec: str) -> int:
     return parse(spec)[0].vocab_size
 
 
-def entropy(spec: str) -> float:
-    """Nats per token of a row, its start token left out: those of the prompt and of the choice of a response."""
+def entropy(spec: str, num_tokens: int, context: bool) -> float:
+    """Nats per token of a row, its start token left out: those of the prompt and of the choice of a response.
+
+    Rows are whole, whatever `num_tokens`, and the start token tells nothing: with it as `context` it is the same.
+    """
     line, _ = parse(spec)
     N, drawn = line.num_items, line.num_items + line.brings_item
     prompt = math.lgamma(2 * N + 1) - math.lgamma(2 * N - drawn + 1) + line.indexed * math.log(line.num_places)

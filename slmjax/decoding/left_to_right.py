@@ -83,7 +83,8 @@ def decode(
     # All prompts at once; from then on, each row's last token.
     given_BT = (tokens_BT != mask_id) & (tokens_BT != PAD)
     read_BT = given_BT & (tokens_BT == mask_id).any(1, keepdims=True)
-    width = int(np.flatnonzero(read_BT.any(0))[-1]) + 1
+    longest = int(np.flatnonzero(read_BT.any(0))[-1]) + 1
+    width = min(T, 1 << (longest - 1).bit_length())  # so that few shapes are compiled
     shown_Bt = np.where(read_BT, tokens_BT, 0)[:, :width]
     positions_Bt = np.where(read_BT, np.arange(T)[None], T)[:, :width]
     while True:

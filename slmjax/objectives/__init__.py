@@ -37,6 +37,7 @@ class Objective(NamedTuple):
     ratios: (view, nll_BT) → {name: (sum, count)}, which add over micro-batches and are logged as sum / count.
     alignment: whether position i speaks of token i (`same`) or of i + 1 (`shifted`), where the model is a denoiser.
     decoding: the attention of a denoiser, where it is another one.
+    hides: whether many positions have no weight.
     """
 
     view: Callable
@@ -47,6 +48,7 @@ class Objective(NamedTuple):
     ratios: Callable = lambda view, nll_BT: {}
     alignment: str = "same"
     decoding: str | None = None
+    hides: bool = False
 
 
 def build(cfg: ObjectiveConfig) -> Objective:
@@ -71,21 +73,63 @@ def token_losses(unembed, params, x_BTD, targets_BT, chunk: int = 0):
     return _whole(jax.lax.map(losses, _in_chunks((x_BTD, targets_BT), chunk)), targets_BT.shape)
 
 
-def weighted_loss(unembed, params, x_BTD, view: View, z_loss, chunk: int = 0):
+def weighted_loss(unembed, params, x_BTD, view: View, z_loss, chunk: int = 0, batch_shards: int | None = None):
     """(loss, nll_BT): loss = sum of weight x (nll + z_loss x log_partition²) / count, and each position's nll, through
     which no gradient flows.
 
     `params` are what `unembed` reads. With `chunk`, a scan takes that many tokens at a time, or one position of every
     sequence if those are more, and makes each chunk's gradient while its logits are at hand: the whole batch's are
     never in memory, and none are computed twice.
+
+    With `batch_shards`, how many devices the rows are split over, each of them puts its tokens without a weight last,
+    and chunks of them alone are left out: half of the work of masked diffusion. Their nll is 0. None takes all tokens.
     """
-    rows = _in_chunks((x_BTD, view.targets_BT, view.weights_BT), chunk)
+    rows = (x_BTD, view.targets_BT, view.weights_BT)
+    if batch_shards:
+        return _weighted_first(unembed, params, *rows, view.count, z_loss, chunk, batch_shards)
+    rows = _in_chunks(rows, chunk)
     if len(rows[0]) == 1:
         total, nll_N = _sums(unembed, params, *(a[0] for a in rows), z_loss)
         nll_KN = nll_N[None]
     else:
-        total, nll_KN = _chunked_sums(unembed, params, *rows, z_loss)
+        total, nll_KN = _chunked_sums(unembed, "all", params, *rows, z_loss)
     return total / view.count, jax.lax.stop_gradient(_whole(nll_KN, view.targets_BT.shape))
+
+
+def _weighted_first(unembed, params, x_BTD, targets_BT, weights_BT, count, z_loss, chunk: int, S: int):
+    B, T, D = x_BTD.shape
+    N = B * T // S  # tokens of one device
+    first_SN = weights_BT.reshape(S, N) != 0
+    last_SN = jnp.sum(first_SN, 1, keepdims=True) + jnp.cumsum(~first_SN, 1) - 1
+    place_SN = jnp.where(first_SN, jnp.cumsum(first_SN, 1) - 1, last_SN)  # where each token goes
+    order_SN = jnp.argsort(~first_SN, axis=1, stable=True)
+    n = _positions(1, N, -(-chunk // S) or -(-N // 8))
+
+    def chunks(a_SN):
+        return jnp.moveaxis(a_SN.reshape(S, N // n, n, *a_SN.shape[2:]), 1, 0).reshape(N // n, S * n, *a_SN.shape[2:])
+
+    x_KND = chunks(_moved(x_BTD.reshape(S, N, D), order_SN, place_SN))
+    rows = (chunks(_along(a.reshape(S, N), order_SN)) for a in (targets_BT, weights_BT))
+    total, nll_KN = _chunked_sums(unembed, "weighted", params, x_KND, *rows, z_loss)
+    nll_SN = jnp.moveaxis(nll_KN.reshape(N // n, S, n), 1, 0).reshape(S, N)
+    return total / count, jax.lax.stop_gradient(_along(nll_SN, place_SN).reshape(B, T))
+
+
+def _along(a_SNX, index_SN):
+    """Each device's tokens by its own index. vmap keeps the gather on the device, where take_along_axis does not."""
+    return jax.vmap(lambda a_NX, index_N: a_NX[index_N])(a_SNX, index_SN)
+
+
+@jax.custom_vjp
+def _moved(x_SND, order_SN, place_SN):
+    """Rows in another order; the gradient is a gather by the inverse order, where a scatter would be derived."""
+    return _along(x_SND, order_SN)
+
+
+_moved.defvjp(
+    lambda x_SND, order_SN, place_SN: (_moved(x_SND, order_SN, place_SN), place_SN),
+    lambda place_SN, dy_SND: (_along(dy_SND, place_SN), None, None),
+)
 
 
 def _in_chunks(arrays_BT, chunk: int):
@@ -116,16 +160,29 @@ def _sums(unembed, params, x_ND, targets_N, weights_N, z_loss):
     return total, nll_N
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_sums(unembed, params, x_KND, targets_KN, weights_KN, z_loss):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked_sums(unembed, tokens: str, params, x_KND, targets_KN, weights_KN, z_loss):
     def body(total, chunk):
         added, nll_N = _sums(unembed, params, *chunk, z_loss)
         return total + added, nll_N
 
-    return jax.lax.scan(body, 0.0, (x_KND, targets_KN, weights_KN))
+    return jax.lax.scan(_skipping(tokens, body), 0.0, (x_KND, targets_KN, weights_KN))
 
 
-def _chunked_sums_forward(unembed, params, x_KND, targets_KN, weights_KN, z_loss):
+def _skipping(tokens: str, body: Callable) -> Callable:
+    """The body of a scan over (x_ND, targets_N, weights_N), which with "weighted" leaves weightless chunks out."""
+    if tokens == "all":
+        return body
+
+    def step(carry, chunk):
+        given = jax.eval_shape(body, carry, chunk)[1]
+        skip = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), given)
+        return jax.lax.cond(jnp.any(chunk[2] != 0), body, lambda carry, chunk: (carry, skip), carry, chunk)
+
+    return step
+
+
+def _chunked_sums_forward(unembed, tokens: str, params, x_KND, targets_KN, weights_KN, z_loss):
     def body(carry, chunk):
         total, params_grad = carry
         x_ND, *rest = chunk
@@ -134,11 +191,12 @@ def _chunked_sums_forward(unembed, params, x_KND, targets_KN, weights_KN, z_loss
         return (total + added, jax.tree.map(jnp.add, params_grad, p_grad)), (x_grad_ND, nll_N)
 
     zeros = 0.0, jax.tree.map(jnp.zeros_like, params)
-    (total, params_grad), (x_grad_KND, nll_KN) = jax.lax.scan(body, zeros, (x_KND, targets_KN, weights_KN))
+    scanned = jax.lax.scan(_skipping(tokens, body), zeros, (x_KND, targets_KN, weights_KN))
+    (total, params_grad), (x_grad_KND, nll_KN) = scanned
     return (total, nll_KN), (params_grad, x_grad_KND)
 
 
-def _chunked_sums_backward(unembed, gradients, cotangents):
+def _chunked_sums_backward(unembed, tokens, gradients, cotangents):
     # Only the first output, the total, is differentiated: `weighted_loss` stops the other one's gradient.
     scaled = jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
     return *scaled, None, None, None

@@ -52,6 +52,7 @@ def build(cfg: ObjectiveConfig) -> Objective:
         view,
         attention=f"block:{diffusion.block}",
         kind="bound",
+        hides=True,
         score=score,
         num_draws=diffusion.eval_draws,
         ratios=lambda view, nll_BT: noise.level_ratios(view.noise, nll_BT),

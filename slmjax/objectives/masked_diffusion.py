@@ -59,6 +59,7 @@ def build(cfg: ObjectiveConfig) -> Objective:
         view,
         attention="full",
         kind="bound",
+        hides=True,
         score=score,
         num_draws=diffusion.eval_draws,
         ratios=lambda view, nll_BT: noise.level_ratios(view.noise, nll_BT),
