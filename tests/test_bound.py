@@ -87,6 +87,8 @@ def test_the_bound_hangs_on_no_schedule(t6):
     np.testing.assert_allclose(values, entropy(T6, L), atol=1e-8)
     flat = by_quadrature(cfgs[0], by_size, lambda rate, weight: (rate, np.ones_like(rate)))
     assert flat == pytest.approx(2.881066, abs=1e-6)
+    # A mean over a batch's hidden tokens counts high noise too often: another number, for all that it trains well.
+    assert by_size.sum() / sum(range(L + 1)) * L > entropy(T6, L) + 0.2
 
 
 def test_the_floor_of_the_mask_rate_errs_upwards(t6):
@@ -127,7 +129,7 @@ def test_estimators_agree_with_enumeration_and_the_count_form_spreads_least(seed
 
 
 @pytest.mark.parametrize("what, estimator", [("view", "bernoulli"), ("view", "l_uniform"), ("score", "l_uniform")])
-@pytest.mark.parametrize("name, block", [("masked_diffusion", 16), ("block_diffusion", 3), ("block_diffusion", 1)])
+@pytest.mark.parametrize("name, block", [("masked_diffusion", 16)] + [("block_diffusion", b) for b in (1, 2, 3, 6)])
 def test_what_an_objective_weighs_in_training_and_evaluation_is_the_bound(name, block, what, estimator, seed):
     """Views of one sequence, many times, on exact conditionals: the mean is -log p(x), blocks or none."""
     chain, N = random_chain(seed, V), 20_000

@@ -24,7 +24,7 @@ from tiny import (
     train_one,
 )
 
-from slmjax import config, ladder, models, objectives, program
+from slmjax import config, denoiser, ladder, models, objectives, program
 from slmjax.config import ConfigError, DiffusionConfig, ObjectiveConfig
 from slmjax.objectives.noise import HIDDEN
 
@@ -118,6 +118,16 @@ def test_rows_are_cut_for_short_contexts_and_no_token_is_lost(seed):
     cut = many_views(objective, random_tokens(seed, 4, T + 1), seed, 50, packed).segments_BT
     changes = np.diff(packed[:, 1:], axis=1) != 0
     assert (np.diff(np.asarray(cut), axis=2)[:, changes] != 0).all()  # documents stay apart
+
+
+@pytest.mark.parametrize("changes", [MDM, BLOCK], ids=["masked", "block"])
+@pytest.mark.parametrize("time", ["jitter", "low_discrepancy", "antithetic"])
+def test_every_place_in_a_batch_meets_all_noise_levels_alike(changes, time, seed):
+    """Places belong to sources of a mixture, and to blocks: none of them may always be the clean one."""
+    objective = objectives.build(tiny(changes | {"objective.diffusion.time": time}).objective)
+    rates = np.asarray(many_views(objective, random_tokens(seed, 4, 17), seed, 2000).noise.rate_BT)
+    for rate_N in rates.reshape(2000, -1).T[:: 4 if changes is BLOCK else 16]:
+        assert stats.kstest(rate_N, "uniform", (1e-3, 1 - 1e-3)).pvalue > 1e-6
 
 
 # ---- what is seen ----------------------------------------------------------------------------------------------------
@@ -236,6 +246,18 @@ def test_a_shifted_model_predicts_each_token_from_the_position_before_it(seed):
     np.testing.assert_array_equal(view.targets_BT[:, :-1], tokens[:, 1:-1])
     np.testing.assert_array_equal(np.asarray(view.weights_BT)[:, :-1] > 0, hidden[:, 1:])
     assert (np.asarray(view.weights_BT)[:, -1] == 0).all() and view.count == 64 * 15
+
+
+def test_a_shifted_network_is_a_denoiser_that_looks_up_the_position_before(seed):
+    cfg = ladder.resolved(tiny(MDM | {"objective.diffusion.alignment": "shifted"}))
+    model, objective = models.build(cfg.model), objectives.build(cfg.objective)
+    params, tokens = jax.tree.map(jnp.asarray, draw(model)), random_tokens(seed, 2, 16)
+    tokens[:, 5:] = 32
+    log_probs = denoiser.of_model(model, params, objective, mask_id=32)(tokens)
+    logits, _ = model.apply(params, np.where(tokens == 32, HIDDEN, tokens), np.ones_like(tokens), "full")
+    np.testing.assert_allclose(log_probs[:, 1:], jax.nn.log_softmax(logits)[:, :-1], atol=1e-5)
+    trained = train_one(MDM | {"objective.diffusion.alignment": "shifted"}, seed, 2)
+    assert np.isfinite(trained.loss).all()
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from slmjax.config import DiffusionConfig
 
@@ -46,18 +45,6 @@ def times(kind: str, key, num: int):
     drawn = lows + jax.random.uniform(key, (num,)) / num
     # Rounding must not push a time over the edge of its stratum, nor to 0.
     return jnp.clip(drawn, jnp.nextafter(lows, 1.0), jnp.nextafter(highs, 0.0))
-
-
-def spread(t_N):
-    """Stratified times in the order of a van der Corput sequence, so that each device and span of rows has all levels.
-
-    What is hidden then costs each device the same.
-    """
-    digits = np.arange(len(t_N))
-    reversed_N, scale = np.zeros(len(t_N)), 0.5
-    while digits.any():
-        reversed_N, digits, scale = reversed_N + scale * (digits & 1), digits >> 1, scale / 2
-    return t_N[np.argsort(np.argsort(reversed_N))]
 
 
 def masked_share(cfg: DiffusionConfig, t):
@@ -140,7 +127,9 @@ def row_draws(key, tokens_BT, groups: int, draw, num_draws: int) -> RowDraws:
 def batch_draws(kind: str, key, shape: tuple[int, int], groups: int) -> RowDraws:
     """The same for a training batch: times are stratified over all groups of all rows together."""
     B, T = shape
-    t_G = spread(times(kind, jax.random.fold_in(key, 1), B * groups))
+    # In random order: a place in the batch may belong to a source or a block, which must meet all levels alike.
+    strata_G = times(kind, jax.random.fold_in(key, 1), B * groups)
+    t_G = jax.random.permutation(jax.random.fold_in(key, 4), strata_G)
     uniform_GS = jax.random.uniform(jax.random.fold_in(key, 2), (B * groups, T // groups))
     return RowDraws(t_G, uniform_GS)
 
