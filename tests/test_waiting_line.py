@@ -219,7 +219,8 @@ def test_the_entropy_is_that_of_the_rows(spec):
         assert stats.chisquare(counts).pvalue > 1e-6
     dataset = slm_data.open_dataset(config(spec))
     assert dataset.entropy * row_len(spec) == pytest.approx(math.log(len(counts)), abs=1e-12)
-    assert dataset.entropy == synthetic.module_of(spec).entropy(spec)
+    for context in (True, False):  # the start token tells nothing
+        assert dataset.entropy == synthetic.module_of(spec).entropy(spec, row_len(spec), context)
 
 
 def test_entropy_is_not_claimed_where_prompts_are_not_scored():
@@ -235,5 +236,5 @@ def test_draws_are_frozen():
     assert read("line:replace_random:4:0", "train", [7]).tolist() == [[9, 3, 2, 7, 5, 0, 8, 3, 2, 7, 0]]
     assert read("line:shuffle:4:0", "train", [7]).tolist() == [[9, 7, 4, 5, 1, 8, 7, 4, 5, 1]]
     assert read("pairs:1000:4:0", "train", [7]).tolist() == [[33, 9, 3, 13, 5, 32, 21, 19, 17, 26]]
-    assert markov.entropy("markov:16:3") == markov.chain(16, 3).entropy_rate
-    assert pairs.entropy("pairs:16:2:0") == math.log(16) / 5
+    assert markov.entropy("markov:16:3", 8, context=True) == markov.chain(16, 3).entropy_rate
+    assert pairs.entropy("pairs:16:2:0", 5, context=True) == math.log(16) / 5

@@ -23,6 +23,8 @@ DONE, CHECK_FAILED, USAGE, PREEMPTED, DIVERGED = range(5)
 VERBS = {
     "train": "one run; relaunching resumes it, and a finished run is left alone",
     "upcycle": "a run with experts that begins from a dense run's checkpoint",
+    "eval": "the held-out loss of a run, by a named estimator",
+    "sample": "text or tokens from a run, by a named decoder",
     "study": "plan, run, watch and report a study of many runs",
     "fit": "a scaling law from study folders, tables, or TensorBoard event files",
     "forecast": "the best model and the loss at a budget, from a fit; which runs to add",
