@@ -28,7 +28,7 @@ demo: $(STAMP)
 	@$(RUN)/slmjax study plan --study=wsd_ladder
 	@echo "== training it on the text of the Python standard library; a second 'make demo' goes on where this one stops"
 	@$(RUN)/slmjax study run --study=wsd_ladder --out=$(OUT) --jobs=$(JOBS)
-	@echo "== fitting a law to the dense models and one to those with experts, comparing them, and writing the report"
+	@echo "== fitting a law to each family (dense, with experts, masked diffusion), comparing them, and writing the report"
 	@$(RUN)/slmjax study report --study=$(OUT)/wsd_ladder
 	@echo "== open $(OUT)/wsd_ladder/report.html in a browser; ask for more:"
 	@echo "   $(RUN)/slmjax forecast $(OUT)/wsd_ladder/fit.json --flops=1e15"

@@ -229,3 +229,46 @@ def minicpm(size: str) -> dict:
     """Config overrides for a MiniCPM size, e.g. "1.2b"."""
     width, num_layers, kv_heads = MINICPM[size]
     return shape(width, num_layers, kv_heads=kv_heads)
+
+
+# SMDM's grid (2410.18514), N = layers x (16 width² + 2 width) + width: name → (width, layers, heads). Its "220M" model
+# is 170m, its "1.1B" model 1028m.
+SMDM = {
+    "6m": (256, 6, 4),
+    "19m": (384, 8, 6),
+    "34m": (512, 8, 8),
+    "48m": (576, 9, 9),
+    "66m": (640, 10, 10),
+    "75m": (640, 16, 8),
+    "85m": (640, 13, 10),
+    "113m": (768, 12, 12),
+    "142m": (768, 15, 12),
+    "170m": (768, 18, 12),
+    "180m": (896, 14, 14),
+    "206m": (896, 16, 14),
+    "231m": (896, 18, 14),
+    "268m": (1024, 16, 16),
+    "302m": (1024, 18, 16),
+    "336m": (1024, 20, 16),
+    "472m": (1280, 18, 10),
+    "551m": (1280, 21, 10),
+    "571m": (1408, 18, 11),
+    "629m": (1280, 24, 10),
+    "666m": (1408, 21, 11),
+    "717m": (1536, 19, 12),
+    "761m": (1408, 24, 11),
+    "831m": (1536, 22, 12),
+    "944m": (1536, 25, 12),
+    "1028m": (1792, 20, 14),
+    "1233m": (1792, 24, 14),
+    "1476m": (2048, 22, 16),
+    "1678m": (2048, 25, 16),
+    "2121m": (2176, 28, 17),
+}
+
+
+def smdm(size: str) -> dict:
+    """Config overrides for an SMDM size, e.g. "170m": a feed-forward of 4 x width (75m: 2.5), the head untied."""
+    width, num_layers, heads = SMDM[size]
+    mlp_ratio = 2.5 if size == "75m" else 4.0
+    return shape(width, num_layers, width // heads, mlp_ratio) | {"model.tied_embeddings": False}

@@ -30,12 +30,15 @@ def write_study(
     mishaps=True,
     mixture=None,
     leverage=2.0,
+    masked=None,
+    multiplier=8.0,
 ):
     """Per width: a trunk (constant schedule) and one branch per tokens-per-parameter ratio, all `done`.
 
     noise: standard deviation of log loss. mishaps: add a diverged, a preempted-for-good, a running and a never started
     run, one run with a second attempt that overlaps its first, and one that repeats its data. mixture: (widths, ratios)
-    of a second family, "moe", of equal active parameters and FLOPs per token; see `write_run` for its leverage.
+    of a second family, "moe", of equal active parameters and FLOPs per token; see `write_run` for its leverage. masked:
+    the same of a family "mdm", whose loss is a bound and which needs `multiplier` times the compute.
     """
     folder, rng, listing = Path(folder), np.random.default_rng(seed), []
     for width in widths:
@@ -60,12 +63,13 @@ def write_study(
             write_run(folder / run_id, width, branch_at[ratio], total, rng, noise, trunk_id)
     if mishaps:
         listing += write_mishaps(folder, rng, noise)
-    for width in mixture[0] if mixture else ():
-        for ratio in mixture[1]:
-            run_id, total = f"m{width:04d}r{ratio:03d}", math.ceil(ratio * shape(width)[0] / TOKENS_PER_STEP)
-            tags = {"family": "moe", "width": width, "tokens_per_param": ratio}
+    further = [("moe", "m", mixture, leverage), ("mdm", "d", masked, 1 / multiplier)]
+    for family, letter, grid, worth in further:
+        for width, ratio in ((width, ratio) for width in grid[0] for ratio in grid[1]) if grid else ():
+            run_id, total = f"{letter}{width:04d}r{ratio:03d}", math.ceil(ratio * shape(width)[0] / TOKENS_PER_STEP)
+            tags = {"family": family, "width": width, "tokens_per_param": ratio}
             listing.append({"run_id": run_id, "tags": tags, "parent": None, "branch_step": None})
-            write_run(folder / run_id, width, 0, total, rng, noise, family="moe", leverage=leverage)
+            write_run(folder / run_id, width, 0, total, rng, noise, family=family, leverage=worth)
     (folder / "study.json").write_text(json.dumps({"name": "planted-ladder", "runs": listing}))
     return folder
 
@@ -145,7 +149,7 @@ def write_run(
             tokens_per_step=TOKENS_PER_STEP,
             counts=counts,
             flops_per_token={"with_head": flops_per_token, "without_head": 6 * N},
-            loss_kind="exact",
+            loss_kind="bound" if family == "mdm" else "exact",
             tokenizer="b7c1f0aa93d2",
             corpus="5e0d1c77ab10",
             bytes_per_token=3.6,

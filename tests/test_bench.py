@@ -129,7 +129,9 @@ def test_the_verb_prints_json_a_program_can_read(monkeypatch, capsys):
     result = bench.Result("s", "cpu", 1, 2, True, 20.0, "NumPy 512x512x512", [row])
     monkeypatch.setattr(bench, "measure", lambda cfg, name, seconds: result)
     assert cli.main(["bench", "--json"]) == 0
-    assert [entry["rows"][0]["tokens_per_s"] for entry in json.loads(capsys.readouterr().out)] == [1000.0] * len(bench.BUILTIN)
+    assert [entry["rows"][0]["tokens_per_s"] for entry in json.loads(capsys.readouterr().out)] == [1000.0] * len(
+        bench.BUILTIN
+    )
     assert cli.main(["bench"]) == 0
     assert "1.00" in capsys.readouterr().out
     assert cli.main(["bench", "s"]) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 
-from slmjax import records
+from slmjax import cli, records
 from slmjax.config import ConfigError
 from slmjax.launchers.compare import compare
 
@@ -14,7 +14,8 @@ def planted(folder, runs):
         entries.append({"run_id": f"r{i}", "tags": tags, "parent": None, "branch_step": branch_step})
         writer = records.RunWriter(folder / f"r{i}")
         start = {"step": branch_step or 0, "branch_step": branch_step, "tokens_per_step": 10}
-        writer.write("start", **start, flops_per_token={"with_head": 3})
+        kind = {"loss_kind": "bound"} if tags.get("family") == "mdm" else {}
+        writer.write("start", **start, **kind, flops_per_token={"with_head": 3})
         writer.write("end", status=status, step=step, tokens=10 * step, loss=loss, loss_se=0.01)
         writer.close()
     records.write_json(folder / "study.json", {"name": folder.name, "runs": entries})
@@ -42,6 +43,19 @@ def test_cells_costs_and_best(tmp_path):
     mean, se = table.differences()["wsd"]  # of -0.1 and +0.1
     assert (mean, se) == (pytest.approx(0, abs=1e-12), pytest.approx(0.1))
     assert table.to_json()["differences"] == [{"schedule": "wsd", "mean": mean, "se": se}]
+
+
+def test_a_bound_beside_losses_is_called_one(tmp_path, capsys):
+    runs = [({"family": family, "seed": 0}, None, 9, loss, "done") for family, loss in (("dense", 2.0), ("mdm", 2.5))]
+    folder = planted(tmp_path, runs)
+    table = compare(folder, "seed", "family")
+    assert table.loss_kinds == {"dense": "exact", "mdm": "bound"}
+    assert [of["loss_kind"] for of in table.to_json()["flops"]] == ["exact", "bound"]
+    assert cli.main(["study", "compare", f"--study={folder}", "--rows=seed", "--columns=family"]) == 0
+    said = capsys.readouterr().out
+    head = next(line for line in said.splitlines() if "family=" in line)
+    assert head.split() == ["seed", "family=dense", "family=mdm", "(bound)"]
+    assert "(bound): an upper bound on the loss" in said
 
 
 def test_one_row_has_no_standard_error(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from runs import train_here
 
 import experiments
-from experiments import lr_transfer, minicpm, wsd_ladder, wsd_vs_cosine
+from experiments import lr_transfer, mdm_ladder, minicpm, smdm, wsd_ladder, wsd_vs_cosine
 from slmjax import config, ladder, study
 from slmjax.config import ConfigError, RunConfig
 from slmjax.launchers.plan import make_plan
@@ -87,6 +87,26 @@ def test_the_ladder_sets_mixtures_of_equal_active_parameters_beside_dense_runs_o
     assert cost["moe"] < 0.5 * cost["dense"]
 
 
+@pytest.mark.parametrize("of", [wsd_ladder, mdm_ladder])
+@pytest.mark.parametrize("argument", ["", "tiny"])
+def test_masked_diffusion_differs_from_its_twin_by_the_objective_and_its_best_rate(of, argument):
+    runs = of.get_study(argument).runs
+    dense = {key_of(run): run for run in runs if run.tags["family"] == "dense"}
+    masked = [run for run in runs if run.tags["family"] == "mdm"]
+    assert masked and (of is wsd_ladder or len(masked) == len(dense))
+    for run in masked:
+        twin = dense[key_of(run)]
+        flat, plain = config.flatten(run.config), config.flatten(twin.config)
+        differing = {key for key in flat if flat[key] != plain[key] and not key.startswith(("objective.", "log."))}
+        assert differing == {"optim.lr"} and run.config.objective.name == "masked_diffusion"
+        assert ladder.train_flops(run.config) == ladder.train_flops(twin.config)
+        assert ladder.run_counts(run.config).non_embedding == ladder.run_counts(twin.config).non_embedding
+
+
+def key_of(run):
+    return run.config.model.width, run.config.train.steps, run.config.schedule.name
+
+
 def test_wsd_vs_cosine_compares_equal_budgets_at_less_than_half_the_cost():
     runs = wsd_vs_cosine.get_study().runs
     cosine = sorted(run.config.train.steps for run in runs if run.config.schedule.name == "cosine")
@@ -122,3 +142,21 @@ def test_minicpm_is_the_papers():
         cfg = config.resolve(minicpm.get_config(size))
         assert cfg.schedule.decay_steps / cfg.schedule.half_life_steps == pytest.approx(5, rel=0.05)
         assert config.decay_steps(cfg) / cfg.train.steps == pytest.approx(0.1, rel=0.01)
+
+
+def test_smdm_is_the_papers_grid():
+    """2410.18514: each size is its name, by N = layers (16 width² + 2 width) + width; 75m has its own feed-forward.
+    At 1e19 FLOPs of 6 N D, cosine from 2e-4 to a tenth of it, warmup of a hundredth and at least 100 steps."""
+    assert len(ladder.SMDM) == 30
+    for size, (width, num_layers, heads) in ladder.SMDM.items():
+        cfg = config.resolve(smdm.get_config(size))
+        counts = ladder.run_counts(cfg)
+        ffn = 1600 if size == "75m" else 4 * width
+        N = num_layers * (4 * width**2 + 3 * width * ffn + 2 * width) + width
+        assert counts.non_embedding == N and f"{N / 1e6:.0f}m" == size
+        assert size == "75m" or num_layers * (16 * width**2 + 2 * width) + width == N
+        assert counts.head == 32000 * width and cfg.model.num_heads == heads == width // cfg.model.head_dim
+        assert 6 * N * ladder.num_tokens(cfg) == pytest.approx(1e19, rel=1e-3)
+        assert cfg.schedule.warmup_steps == max(100, cfg.train.steps // 100) and cfg.schedule.final_ratio == 0.1
+    without = {"objective.name": "next_token", "objective.diffusion.random_length": 0.0}
+    config.validate(config.override(config.resolve(smdm.get_config("6m")), without))  # its autoregressive twin

@@ -54,7 +54,7 @@ def test_a_planted_leverage_comes_back_at_every_budget(seed):
         made = measured_leverage(dense, moe, flops)
         assert made.value == pytest.approx(leverage, rel=0.02), flops
         assert made.intervals[0.95][0] <= made.value <= made.intervals[0.95][1]
-        assert made.mixture_reach <= 1 + 1e-9 and made.dense_reach == pytest.approx(
+        assert made.given_reach <= 1 + 1e-9 and made.sought_reach == pytest.approx(
             made.value * flops / max(p["C"] for p in dense.points)
         )
 
@@ -127,7 +127,7 @@ def test_a_dense_law_used_beyond_its_runs_is_called_extrapolation():
     dense = fitted(points_of("dense", loss))
     moe = fitted(points_of("moe", worth(loss, 3.0)))
     inside, outside = (measured_leverage(dense, moe, inside_budgets(dense, moe)[i]) for i in (1, -1))
-    assert inside.dense_reach < 1 < outside.dense_reach == pytest.approx(3, rel=0.05)
+    assert inside.sought_reach < 1 < outside.sought_reach == pytest.approx(3, rel=0.05)
     assert leverage_table([inside, outside]).count("extrapolation") == 1
 
 
@@ -182,7 +182,7 @@ def test_pairs_read_a_straight_curve_exactly_and_say_where_they_leave_it(seed):
     made = paired_leverage(dense, moe)
     assert len(made.pairs) == len(SIZES) * len(RATIOS)
     for pair in made.pairs:
-        assert pair.dense_flops / pair.flops == pytest.approx(leverage)
+        assert pair.sought_flops / pair.flops == pytest.approx(leverage)
         end = RATIOS[-1] if leverage > 1 else RATIOS[0]
         assert pair.beyond == math.isclose(pair.D, end * pair.N)
     assert made.means[-1].num_beyond == len(SIZES) and "(extrapolation)" in made.table()

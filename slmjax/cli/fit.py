@@ -10,13 +10,15 @@ found by METRIC. run_id=file makes each file one run. Runs left out are listed w
 --form=auto fits the law of N and D that forecasts best the larger runs hidden from it; the fit says by which margin.
 --show adds tables: agreement (parametric, IsoFLOP and envelope side by side), choice (which form predicts larger runs
 that it has not seen), diagnosis (outliers, influence, each size left out), profile (profile likelihood), backtest.
-Runs of several model families (dense, moe) are fitted each alone, N counting active parameters, and compared: the
-leverage is how much more compute the first family needs for the loss of the other; --family fits one of them.
---json keeps the fit for slmjax forecast, that of a further family beside it (fit.json, fit-moe.json); --report writes a
-page with figures beside it.
+Runs of several model families (dense, moe, mdm) are fitted each alone, N counting active parameters, and compared: how
+much more compute the first family needs for the loss of the other (leverage), or, where one family's loss is a bound as
+masked diffusion's is, how much more that one needs (compute multiplier, itself a bound); --family fits one of them.
+--json keeps the fit for slmjax forecast, that of a further family beside it (fit.json, fit-moe.json), and how they
+compare (fit.comparisons.json); --json=- prints all. --report writes a page with figures beside it.
 --verify computes published fits again from the public tables in DIR and says which numbers hold; exit 1 when one fails.
 """
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -114,21 +116,21 @@ def run(flags: FlagValues, args: list[str]) -> int:
 
 def _fit_families(flags: FlagValues, args: list[str], point_set: points.PointSet) -> int:
     """Every family's fit, and what they say of each other."""
-    if flags.json == "-":
-        raise ConfigError(
-            f"--json=- prints one fit, and the runs are of {', '.join(point_set.families())}; name a file, or choose "
-            "with --family"
-        )
     found = families.fit_families(point_set, lambda of_family: _fit(flags, of_family))
     first = next(iter(found.points))
     nothing = not found.fits and all(isinstance(comparison.pairs, str) for comparison in found.comparisons)
     if nothing or ((flags.report or flags.json) and first in found.refusals):
         raise ConfigError("; ".join(f"{name}: {why}" for name, why in found.refusals.items()))
+    if flags.json == "-":
+        fits = {name: json.loads(fitted.to_json()) for name, fitted in found.fits.items()}
+        options.print_json({"fits": fits, **found.to_json()})
+        print(_left_out(point_set.excluded), end="", file=sys.stderr)
+        return 0
     for name, of_family in found.points.items():
         if name in found.refusals:
-            print(f"family {name}: no fit: {found.refusals[name]}\n")
+            print(f"family {found.labels[name]}: no fit: {found.refusals[name]}\n")
             continue
-        print(f"family {name}\n{found.fits[name].table(flags.published)}")
+        print(f"family {found.labels[name]}\n{found.fits[name].table(flags.published)}")
         for further in flags.show:
             print(f"{further}\n{SHOWN[further](of_family, found.fits[name])}")
     print(_left_out(point_set.excluded), end="")
@@ -140,6 +142,9 @@ def _fit_families(flags: FlagValues, args: list[str], point_set: points.PointSet
             target = flags.json if name == first else families.family_file(flags.json, name)
             options.write_text(target, fitted.to_json())
             print(f"fit of {name}: {target}")
+        target = families.comparisons_file(flags.json)
+        options.write_text(target, json.dumps(found.to_json(), indent=1, allow_nan=False) + "\n")
+        print(f"comparisons: {target}")
     if flags.report:
         page = report.write_fit_report(found.points[first], found.fits[first], Path(flags.report),
                                        command(flags, args), compared=found)  # fmt: skip

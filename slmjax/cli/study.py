@@ -18,7 +18,7 @@ from absl.flags import FlagValues
 from slmjax import records
 from slmjax.cli import options
 from slmjax.config import ConfigError
-from slmjax.scaling import show
+from slmjax.scaling import families, show
 
 ACTIONS = ("plan", "run", "status", "compare", "logs", "cancel", "report")
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "killed": "red"}
@@ -167,6 +167,11 @@ def _compare(flags: FlagValues) -> int:
         options.print_json(table.to_json())
         return 0
     best = table.best()
+    # A bound beside a loss, or beside another bound, is told from one.
+    heads = {
+        column: f"{flags.columns}={column}" + ("" if kind == "exact" else f" ({kind})")
+        for column, kind in table.loss_kinds.items()
+    }
     lines = []
     for row in table.row_values:
         line, first = {flags.rows: str(row)}, table.losses.get((row, table.column_values[0]))
@@ -174,15 +179,17 @@ def _compare(flags: FlagValues) -> int:
             loss = table.losses.get((row, column))
             relative = f" {loss[0] / first[0] - 1:+.2%}" if loss and first and column != table.column_values[0] else ""
             cell = f"{loss[0]:.4f}{relative}{' *' if best.get(row) == column else '  '}" if loss else "-"
-            line[f"{flags.columns}={column}"] = cell
+            line[heads[column]] = cell
         lines.append(line)
-    less = {f"{flags.columns}={c}": f"{mean:+.4f} ± {se:.4f}  " for c, (mean, se) in table.differences().items()}
+    less = {heads[c]: f"{mean:+.4f} ± {se:.4f}  " for c, (mean, se) in table.differences().items()}
     if less:
         lines.append({flags.rows: "mean difference", **{key: less.get(key, "-") for key in list(lines[0])[1:]}})
-    costs = {f"{flags.columns}={column}": f"{flops:.3e}  " for column, flops in table.flops.items()}
+    costs = {heads[column]: f"{flops:.3e}  " for column, flops in table.flops.items() if column in heads}
     lines.append({flags.rows: "FLOPs", **{key: costs.get(key, "-") for key in list(lines[0])[1:]}})
     options.print_table(lines)
     print("held-out loss in nats per token, relative to the first column; * the lowest of its row")
+    if "bound" in {*table.loss_kinds.values()}:
+        print("(bound): an upper bound on the loss")
     if less:
         print(f"mean difference to the first column over {flags.rows}, ± its standard error over these rows")
     return 0
@@ -206,6 +213,17 @@ def _cancel(flags: FlagValues) -> int:
     return 0
 
 
+def _fits(folder: Path) -> dict:
+    """The fits that a report has left in the folder: where, of which kind of loss, and how the families compare."""
+    fit, further = folder / "fit.json", sorted(folder.glob("fit-*.json"))
+    said = {"fit": str(fit)} | ({"further_fits": [str(file) for file in further]} if further else {})
+    compared = records.read_json(families.comparisons_file(fit))
+    if compared is not None:
+        return said | compared
+    conventions = (records.read_json(fit) or {}).get("conventions", {})
+    return said | {"loss_kinds": {conventions.get("family"): conventions.get("loss_kind")} if conventions else {}}
+
+
 def _report(flags: FlagValues) -> int:
     from slmjax.scaling.report import write_report
 
@@ -215,9 +233,7 @@ def _report(flags: FlagValues) -> int:
     command = f"slmjax study report --study={folder}" + (f" --budgets={','.join(flags.budgets)}" if budgets else "")
     path = write_report(folder, budgets=budgets, command=command)
     if flags.json:
-        further = sorted(str(file) for file in folder.glob("fit-*.json"))
-        options.print_json({"name": name, "report": str(path), "fit": str(folder / "fit.json"),
-                            **({"further_fits": further} if further else {})})  # fmt: skip
+        options.print_json({"name": name, "report": str(path), **_fits(folder)})
     else:
         print(f"report: {path}")
     return 0

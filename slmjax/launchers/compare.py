@@ -16,6 +16,7 @@ class Comparison:
     """losses: (row, column) → (held-out loss, its standard error) of the finished runs.
 
     flops: by column, what its runs cost together: a trunk once, and a branch from where it left the trunk.
+    loss_kinds: by column, exact or bound, or both.
     """
 
     rows: str
@@ -24,6 +25,7 @@ class Comparison:
     column_values: list[Any]
     losses: dict[tuple[Any, Any], tuple[float, float]]
     flops: dict[Any, float]
+    loss_kinds: dict[Any, str]
 
     def best(self) -> dict[Any, Any]:
         """By row, the column with the lowest loss."""
@@ -45,7 +47,7 @@ class Comparison:
         cells = [{self.rows: r, self.columns: c, "loss": v, "loss_se": se} for (r, c), (v, se) in self.losses.items()]
         best = [{self.rows: row, self.columns: column} for row, column in self.best().items()]
         less = [{self.columns: c, "mean": mean, "se": se} for c, (mean, se) in self.differences().items()]
-        flops = [{self.columns: c, "flops": f} for c, f in self.flops.items()]
+        flops = [{self.columns: c, "flops": f, "loss_kind": self.loss_kinds.get(c)} for c, f in self.flops.items()]
         return {"losses": cells, "best": best, "differences": less, "flops": flops}
 
 
@@ -61,7 +63,7 @@ def compare(folder: Path, rows: str, columns: str) -> Comparison:
     for tag in (rows, columns):
         if tag not in known:
             raise ConfigError(f"no run of {folder} has a tag {tag!r}; {nearest(tag, known)}")
-    losses, flops = {}, {}
+    losses, flops, kinds = {}, {}, {}
     for run_id, run in logged.items():
         if not run.done or columns not in tags[run_id]:
             continue
@@ -75,7 +77,9 @@ def compare(folder: Path, rows: str, columns: str) -> Comparison:
                 f"two runs have {rows}={cell[0]} and {columns}={cell[1]}; choose tags that tell them apart"
             )
         losses[cell] = (run.end["loss"], run.end["loss_se"])
-    return Comparison(rows, columns, *(_distinct(cell[i] for cell in losses) for i in (0, 1)), losses, flops)
+        kinds.setdefault(column, set()).add(run.start.get("loss_kind", "exact"))
+    kinds = {column: ", ".join(sorted(of_column)) for column, of_column in kinds.items()}
+    return Comparison(rows, columns, *(_distinct(cell[i] for cell in losses) for i in (0, 1)), losses, flops, kinds)
 
 
 def _distinct(values) -> list:

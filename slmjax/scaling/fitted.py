@@ -61,6 +61,11 @@ class Fit:
         return laws.load_law(self.law)
 
     @property
+    def loss_kind(self) -> str | None:
+        """exact, bound, or how they were mixed knowingly."""
+        return self.conventions.get("loss_kind")
+
+    @property
     def num_free(self) -> int:
         return len(self.theta) - len(self.fixed)
 

@@ -220,6 +220,8 @@ def _forecast(fit, cost, target, quantities, at, notes):
     reach = {name: at[name] / max(p[name] for p in fit.points) for name in ("N", "D", "C")}
     beyond = {name: value for name, value in reach.items() if value > 1.05}
     grows = tested.discrepancy.rate * math.log(10)
+    if fit.loss_kind not in ("exact", None):
+        notes = [*notes, f"{show.loss_name(fit.loss_kind)}: as that of the fitted runs"]
     notes = [
         *notes,
         f"loss interval: bootstrap of the law, the scatter of runs ({fit.residual_rms():.2g} in {fit.residual} loss), "

@@ -1,13 +1,15 @@
-"""Efficiency leverage of a mixture of experts: how much more compute the dense model of the same loss takes.
+"""How much more compute one family of models takes for the loss of another: the efficiency leverage of a mixture of
+experts over the dense model, the compute multiplier of masked diffusion over autoregression.
 
 Published: Tian et al. 2025 (arXiv 2507.17702, "Ling"), whose source prints no bases for its logarithms: 2 for the
 granularity and 10 for the compute reproduce its claims. Measured: from the fitted laws of two families, each at its own
-compute-optimal sizes. Without laws, from pairs of runs: `leverage_pairs.py`.
+compute-optimal sizes. Without laws, from pairs of runs: `leverage_pairs.py`; from IsoFLOP optima: `multiplier.py`.
 
 Letters: K pairs of draws.
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ GAMMA, BETA = 1.67e-2, -1.17e-1  # of the squared and of the plain log2 granular
 RATIO_START, RATIO_MAX = 1.63e-2, 5.28e16
 
 BLOCK = 32  # candidates for which a law is evaluated at each other's inputs too, as its interface has it
+ROUNDING = 1e-9  # of FLOPs at the ends of a range
 HALVINGS = 48  # of the log of FARTHEST squared: far below any interval
 SAME_MEANING = ("n_convention", "flops_convention", "loss_unit", "loss_kind", "tokenizer", "corpus")
 
@@ -53,64 +56,101 @@ def best_granularity() -> float:
 
 
 class Leverage(NamedTuple):
-    """C_dense / C_mixture at equal loss, both compute-optimal under their own laws.
+    """C_sought / C_given at equal loss, both compute-optimal under their own laws.
 
     Attributes:
-      flops, loss: the mixture's training FLOPs, and the loss that its law reaches with them.
-      value, intervals: an end is inf where the draws of the dense law never fall to that loss, -inf where they are
+      flops, loss: training FLOPs of the given family, the anchor, and the loss that its law reaches with them.
+      value, intervals: an end is inf where the draws of the sought law never fall to that loss, -inf where they are
         always below it. They hold the uncertainty of both laws, not an error of their form.
-      dense_reach, mixture_reach: compute over the largest run's of that family; above 1 is extrapolation.
+      sought_reach, given_reach: compute over the largest run's of that family.
+      extrapolated: one of the two lies outside the compute that its family was trained with.
     """
 
     flops: float
     loss: float
     value: float
     intervals: dict[float, tuple[float, float]]
-    dense_reach: float
-    mixture_reach: float
+    sought_reach: float
+    given_reach: float
+    extrapolated: bool
 
 
-def measured_leverage(dense: Fit, mixture: Fit, flops: float, seed: int = 0) -> Leverage:
-    """How much more compute the dense family needs for the loss that the mixture reaches with `flops`.
+def measured_leverage(sought: Fit, given: Fit, flops: float, seed: int = 0, mixed: Collection[str] = ()) -> Leverage:
+    """How much more compute the sought family needs for the loss that the given one reaches with `flops`.
 
-    N of the mixture is what its points say, active parameters for a comparison; compute is as the runs logged it, the
+    N of a mixture is what its points say, active parameters for a comparison; compute is as the runs logged it, a
     router included. The families are two bootstraps of different runs, so their draws are paired at random.
 
     Args:
-      dense, mixture: laws of N and D, their numbers of one meaning.
-      flops: training FLOPs of the mixture.
+      sought, given: laws of N and D, their numbers of one meaning.
+      flops: training FLOPs of the given family.
       seed: of the pairing.
+      mixed: of SAME_MEANING, in what they may differ knowingly. Where loss_kind is: a bound is read as if it were the
+        loss, see `bound_said`.
     Raises:
       ValueError: numbers of different meaning, an N that FLOPs do not follow, a law without a compute-optimal size.
     """
-    require_one_meaning(dense, mixture)
-    dense_cost, mixture_cost = logged_cost(dense), logged_cost(mixture)
-    best(mixture, flops, mixture_cost)  # refuses a law without a best size
-    num = min(len(dense.draws), len(mixture.draws))
-    pair_K = np.random.default_rng(seed).permutation(len(dense.draws))[:num]
-    target = _optimal_loss(mixture, mixture.theta[None], flops, mixture_cost)
-    target_K = _optimal_loss(mixture, mixture.draws[:num], flops, mixture_cost)
-    value_K = _compute_for(dense, np.stack([dense.theta, *dense.draws[pair_K]]),
-                           np.concatenate([target, target_K]), flops, dense_cost) / flops  # fmt: skip
+    require_one_meaning(sought, given, mixed)
+    sought_cost, given_cost = logged_cost(sought), logged_cost(given)
+    best(given, flops, given_cost)  # refuses a law without a best size
+    num = min(len(sought.draws), len(given.draws))
+    pair_K = np.random.default_rng(seed).permutation(len(sought.draws))[:num]
+    target = _optimal_loss(given, given.theta[None], flops, given_cost)
+    target_K = _optimal_loss(given, given.draws[:num], flops, given_cost)
+    value_K = _compute_for(sought, np.stack([sought.theta, *sought.draws[pair_K]]),
+                           np.concatenate([target, target_K]), flops, sought_cost) / flops  # fmt: skip
     value, draws_K1 = float(value_K[0]), bias_corrected(value_K[1:, None], value_K[:1])
     intervals = {}
     for level in LEVELS:
         # Order statistics: an infinite draw stays infinite and does not become nan.
         low, high = np.quantile(draws_K1[:, 0], [(1 - level) / 2, (1 + level) / 2], method="nearest")
         intervals[level] = (min(float(low), value) if low > 0 else -math.inf, max(float(high), value))
-    largest = [max(p["C"] for p in fit.points) for fit in (dense, mixture)]
-    return Leverage(float(flops), float(target[0]), value, intervals, value * flops / largest[0], flops / largest[1])
+    (sought_low, sought_high), (given_low, given_high) = trained_with(sought), trained_with(given)
+    inside = _within(value * flops, sought_low, sought_high) and _within(flops, given_low, given_high)
+    return Leverage(
+        float(flops), float(target[0]), value, intervals, value * flops / sought_high, flops / given_high, not inside
+    )
 
 
-def require_one_meaning(dense: Fit, mixture: Fit) -> None:
-    """Raises ValueError unless N, C and the loss of two fits mean the same."""
+def _within(flops, low, high):
+    return low * (1 - ROUNDING) <= flops <= high * (1 + ROUNDING)
+
+
+def trained_with(fit: Fit) -> tuple[float, float]:
+    """Least and most training FLOPs of a family's runs."""
+    C_n = [p["C"] for p in fit.points]
+    if None in C_n:
+        raise ValueError("the runs have no FLOPs, so there is no compute axis to compare on")
+    return min(C_n), max(C_n)
+
+
+def require_one_meaning(sought: Fit, given: Fit, mixed: Collection[str] = ()) -> None:
+    """Raises ValueError unless N, C and the loss of two fits mean the same, but for what is `mixed`."""
     for name in SAME_MEANING:
-        one, other = dense.conventions.get(name), mixture.conventions.get(name)
-        if one != other:
+        one, other = sought.conventions.get(name), given.conventions.get(name)
+        if one != other and name not in mixed:
             raise ValueError(
                 f"the families differ in {name.removesuffix('_convention').replace('_', ' ')}: {one} and {other}; a "
                 "leverage is read at equal loss on one compute axis, so load both alike"
             )
+
+
+def bound_said(names: tuple[str, str], kinds: tuple[str, str]) -> str:
+    """What the ratio says of the true losses where losses are bounds, in one sentence; nothing where both are exact.
+
+    Args:
+      names, kinds: of the sought and of the given family; loss kinds as points have them.
+    """
+    sought, given = names
+    if kinds == ("bound", "exact"):  # C at which a bound comes down to a loss is no less than C at which the loss does
+        return f"an upper bound on the ratio at equal true loss, because the loss of {sought} is an upper bound"
+    if kinds == ("exact", "bound"):
+        return f"a lower bound on the ratio at equal true loss, because the loss of {given} is an upper bound"
+    if kinds == ("bound", "bound"):
+        return f"of the upper bounds of {sought} and {given}; their true losses may differ otherwise"
+    if kinds != ("exact", "exact"):
+        return f"across kinds of loss ({sought}: {kinds[0]}; {given}: {kinds[1]})"
+    return ""
 
 
 def logged_cost(fit: Fit) -> Cost:
@@ -124,35 +164,48 @@ def logged_cost(fit: Fit) -> Cost:
     return cost
 
 
-def inside_budgets(dense: Fit, mixture: Fit, num: int = 4) -> list[float]:
-    """FLOPs that both families were trained with, evenly spaced in their logarithm."""
-    C_n, C_m = ([p["C"] for p in fit.points] for fit in (dense, mixture))
-    if None in C_n or None in C_m:
-        raise ValueError("the runs have no FLOPs, so there is no compute axis to compare on")
-    low, high = max(min(C_n), min(C_m)), min(max(C_n), max(C_m))
+def inside_budgets(sought: Fit, given: Fit, num: int = 4) -> list[float]:
+    """FLOPs that the given family was trained with, as far as the sought one went, evenly spaced in their logarithm."""
+    (sought_low, sought_high), (given_low, given_high) = trained_with(sought), trained_with(given)
+    low, high = max(sought_low, given_low), min(sought_high, given_high)
     if low >= high:
         raise ValueError(
             f"no compute was spent by both families: one ends at {high:.3g} FLOPs and the other begins at {low:.3g}; "
             "train both over one range"
         )
-    return np.geomspace(low, high, num).tolist()
+    # From the given one's smallest: a family that needs many times the compute need not have spent as little.
+    return np.geomspace(given_low, high, num).tolist()
 
 
-def leverage_table(made: list[Leverage], names: tuple[str, str] = ("dense", "moe")) -> str:
-    """One line per budget."""
-    rows = [("C", "loss", "leverage", "80% interval", "95% interval", f"of {names[0]}'s largest run")]
+def leverage_table(
+    made: list[Leverage], names: tuple[str, str] = ("dense", "moe"), word: str = "leverage", further: str = ""
+) -> str:
+    """One line per budget.
+
+    Args:
+      names: the sought family and the given one.
+      word: what the ratio is called.
+      further: what else is to be said of it, see `bound_said`.
+    """
+    sought, given = names
+    rows = [(f"C of {given}", "loss", word, "80% interval", "95% interval", f"of {sought}'s largest run")]
     rows += [
         (
             f"{one.flops:.3g}",
             f"{one.loss:.4g}",
             times(one.value),
             *(show.interval(one.intervals[level], times) for level in LEVELS),
-            times(one.dense_reach) + (", extrapolation" if one.dense_reach > 1 else ""),
+            times(one.sought_reach) + (", extrapolation" if one.extrapolated else ""),
         )
         for one in made
     ]
-    said = f"leverage: compute {names[0]} needs, over C, for the loss that {names[1]} reaches with C, at best sizes"
+    said = f"{word}: {ratio_said(names)}, both at their best sizes" + (f"; {further}" if further else "")
     return "\n".join([*show.columns(rows), said]) + "\n"
+
+
+def ratio_said(names: tuple[str, str]) -> str:
+    sought, given = names
+    return f"compute {sought} needs, over C, for the loss that {given} reaches with C"
 
 
 def times(ratio: float) -> str:

@@ -1,8 +1,9 @@
 """Efficiency leverage without laws: pairs of runs, one of each family, equal in size and tokens.
 
-Each pair is read on the dense runs of its size: the compute at which their curve of loss against log C, straight
-between neighbours, has the mixture's loss. No form is assumed, so this holds where a few small runs determine no law;
-it compares at equal shape, not at each family's best one. Laws: `leverage.py`.
+Each pair is read on the sought family's runs of its size (of dense models, say): the compute at which their curve of
+loss against log C, straight between neighbours, has the given family's loss (a mixture's, say). No form is assumed, so
+this holds where a few small runs determine no law; it compares at equal shape, not at each family's best one. Laws:
+`leverage.py`.
 
 Letters: S sizes, or averages over them.
 """
@@ -26,16 +27,16 @@ SAME_TOKENS = 0.01
 class Pair(NamedTuple):
     """Runs of one size and length, averaged where there are several.
 
-    N, D: of the dense runs; flops: of the mixture; dense_flops: at which the dense runs of this size have its loss;
-    beyond: that lies outside these runs, along the straight line through the two at that end.
+    N, D: of the sought runs; flops: of the given ones; sought_flops: at which the sought runs of this size have their
+    loss; beyond: that lies outside these runs, along the straight line through the two at that end.
     """
 
     N: float
     D: float
     flops: float
-    dense_loss: float
+    sought_loss: float
     loss: float
-    dense_flops: float
+    sought_flops: float
     beyond: bool
 
 
@@ -64,9 +65,10 @@ class PairedLeverage:
     means: tuple[Mean, ...]
     notes: tuple[str, ...]
 
-    def table(self) -> str:
-        first, second = self.names
-        rows = [("D", "mean C", "sizes", f"loss {second} - {first}", "leverage", "80% interval", "95% interval")]
+    def table(self, word: str = "leverage", further: str = "") -> str:
+        """One line per budget; word and further as in `leverage_table`."""
+        sought, given = self.names
+        rows = [("D", "mean C", "sizes", f"loss {given} - {sought}", word, "80% interval", "95% interval")]
         rows += [
             (
                 "all" if mean.D is None else show.count(mean.D),
@@ -78,35 +80,36 @@ class PairedLeverage:
             )
             for mean in self.means
         ]
-        return "\n".join([*show.columns(rows), f"leverage: {self.reading()}", *self.notes]) + "\n"
+        said = f"{word}: {self.reading()}" + (f"; {further}" if further else "")
+        return "\n".join([*show.columns(rows), said, *self.notes]) + "\n"
 
     def reading(self) -> str:
         """How the numbers are meant, in one sentence."""
-        first, second = self.names
+        sought, given = self.names
         outside = sum(pair.beyond for pair in self.pairs)
         return (
-            f"compute {first} needs, over C, for the loss of {second} at the same size; {len(self.pairs)} pairs of "
-            f"equal size and tokens, read between {first}'s runs of the size"
+            f"compute {sought} needs, over C, for the loss of {given} at the same size; {len(self.pairs)} pairs of "
+            f"equal size and tokens, read between {sought}'s runs of the size"
             + (f", {outside} outside them along the slope at that end (extrapolation)" if outside else "")
         )
 
 
 def paired_leverage(
-    dense: Sequence[Point], mixture: Sequence[Point], names: tuple[str, str] = ("dense", "moe")
+    sought: Sequence[Point], given: Sequence[Point], names: tuple[str, str] = ("dense", "moe")
 ) -> PairedLeverage:
     """Pairs of two families and what they say.
 
     Args:
-      dense, mixture: points with N, D and C; N counts active parameters.
+      sought, given: points with N, D and C; N counts active parameters.
     Raises:
-      ValueError: no pair, or none whose dense runs show a slope.
+      ValueError: no pair, or none whose sought runs show a slope.
     """
-    curves, pairs, notes = _curves(dense), [], []
-    for (N, D), runs in _cells(mixture).items():
+    curves, pairs, notes = _curves(sought), [], []
+    for (N, D), runs in _cells(given).items():
         curve = next((curve for size, curve in curves.items() if abs(math.log(N / size)) < SAME_SIZE), None)
         if curve is None or not any(abs(D / other[0] - 1) < SAME_TOKENS for other in curve):
             continue
-        found = _pair(N, D, runs, curve)
+        found = _pair(N, D, runs, curve, names[0])
         if isinstance(found, Pair):
             pairs.append(found)
         else:
@@ -136,7 +139,7 @@ def _cells(points):
 
 
 def _curves(points):
-    """{N: [(D, C, loss), ...]} of the dense runs, by tokens."""
+    """{N: [(D, C, loss), ...]} of the sought runs, by tokens."""
     curves = {}
     for (N, D), runs in _cells(points).items():
         curves.setdefault(N, []).append((D, _mean_of(runs, "C"), _mean_of(runs, "loss")))
@@ -147,10 +150,10 @@ def _mean_of(runs, name):
     return float(np.mean([getattr(p, name) for p in runs]))
 
 
-def _pair(N, D, runs, curve):
+def _pair(N, D, runs, curve, sought):
     """The Pair, or why there is none."""
     if len(curve) < 2:
-        return "one dense run of this size shows no slope"
+        return f"one {sought} run of this size shows no slope"
     i = min(range(len(curve)), key=lambda i: abs(math.log(curve[i][0] / D)))
     loss, C = _mean_of(runs, "loss"), _mean_of(runs, "C")
     step = 1 if loss < curve[i][2] else -1
@@ -162,7 +165,7 @@ def _pair(N, D, runs, curve):
     (_, C_1, loss_1), (_, C_2, loss_2) = (curve[j - step], curve[j]) if beyond else (curve[j], curve[j + step])
     slope = (loss_2 - loss_1) / math.log(C_2 / C_1)
     if not slope < 0:
-        return "the dense loss does not fall with compute there"
+        return f"the loss of {sought} does not fall with compute there"
     reached = C_1 * math.exp((loss - loss_1) / slope)
     return Pair(N, curve[i][0], C, curve[i][2], loss, reached, beyond)
 
@@ -173,7 +176,7 @@ def _mean(D, pairs):
 
     sizes = {}
     for pair in pairs:
-        sizes.setdefault(pair.N, []).append(math.log(pair.dense_flops / pair.flops))
+        sizes.setdefault(pair.N, []).append(math.log(pair.sought_flops / pair.flops))
     log_S = np.array([np.mean(logs) for logs in sizes.values()])
     middle, intervals = float(log_S.mean()), {}
     for level in LEVELS:
@@ -187,7 +190,7 @@ def _mean(D, pairs):
         flops=math.exp(np.mean([math.log(pair.flops) for pair in pairs])),
         num_sizes=len(log_S),
         num_beyond=sum(pair.beyond for pair in pairs),
-        difference=float(np.mean([pair.loss - pair.dense_loss for pair in pairs])),
+        difference=float(np.mean([pair.loss - pair.sought_loss for pair in pairs])),
         value=math.exp(middle),
         intervals=intervals,
     )

@@ -42,6 +42,20 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def loss_name(kind: str | None) -> str:
+    """What to call a loss of this kind; a bound is never called a loss alone."""
+    return {"exact": "loss", "bound": "loss (upper bound)", None: "loss"}.get(kind, f"loss ({kind})")
+
+
+def kind_of_loss(kind: str) -> str:
+    return {"bound": "an upper bound"}.get(kind, kind)
+
+
+def at_most(text: str, kind: str) -> str:
+    """A loss as a number; `≤ 4.21` where it is an upper bound."""
+    return f"≤ {text}" if kind == "bound" else text
+
+
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of an aligned text table: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -95,6 +95,12 @@ class PointSet:
         found = dict.fromkeys(p.family for p in self.points)
         return () if None in found else tuple(sorted(found, key=lambda family: family != "dense"))
 
+    @property
+    def loss_kind(self) -> str:
+        """exact or bound, or how they are mixed."""
+        kinds = self._values("loss_kind")
+        return kinds[0] if len(kinds) == 1 else f"mixed: {', '.join(kinds)}"
+
     def only(self, family: str) -> "PointSet":
         """The points of one model family; the others become Excluded."""
         return self._split(lambda p: None if p.family == family else f"family {p.family!r}, not {family!r}")

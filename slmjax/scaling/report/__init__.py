@@ -63,7 +63,7 @@ def write_report(
 ) -> Path:
     """Write a study's `report.html`, with `fit.json` and `figures/*.svg, *.pdf` beside it; returns its path.
 
-    The fit of a further model family goes to `fit-<family>.json`.
+    The fit of a further model family goes to `fit-<family>.json`, and how families compare to `fit.comparisons.json`.
 
     Args:
       study_dir: the folder with study.json.
@@ -93,7 +93,7 @@ def write_report(
         body += sections.answer(e) + sections.optimum_table(e, study_sections.bytes_per_token(runs))
         body += _compute_section(figures, shown.points, e) + beside + _evidence_sections(figures, e, None)
     for family in shown.further:
-        body += _curves_section(figures, _of_family(runs, family), family)
+        body += _curves_section(figures, _of_family(runs, family), family, shown.compared.labels[family])
     kept = [files[family] for family in shown.further if family in files]
     body += study_sections.run_tables(runs, point_set) + study_sections.provenance(runs, shown.fit, command, kept)
     return _replace(out / "report.html", page(f"{name}: scaling report", body))
@@ -173,7 +173,8 @@ def _subject(runs, point_set, law) -> _Subject:
 
 
 def _keep_fits(out: Path, shown: _Subject) -> dict[str | None, str]:
-    """Writes fit.json and fit-<family>.json; their names by family, None for a study that has but one."""
+    """Writes fit.json, fit-<family>.json, and how families compare; the fits' names by family, None for a study that
+    has but one."""
     first = None if shown.compared is None else next(iter(shown.compared.points))
     fits, files = {first: shown.fit} | {name: shown.compared.fits.get(name) for name in shown.further}, {}
     for name, fitted in fits.items():
@@ -182,6 +183,11 @@ def _keep_fits(out: Path, shown: _Subject) -> dict[str | None, str]:
             path.unlink(missing_ok=True)
         else:
             files[name] = _replace(path, fitted.to_json()).name
+    comparisons = families.comparisons_file(out / "fit.json")
+    if shown.compared is None:
+        comparisons.unlink(missing_ok=True)
+    else:
+        _replace(comparisons, json.dumps(shown.compared.to_json(), indent=1, allow_nan=False) + "\n")
     return files
 
 
@@ -236,14 +242,14 @@ def _families_section(folder, compared: Families | None, files):
     return family_sections.families(compared, made, files)
 
 
-def _curves_section(folder, runs, family: str | None = None):
-    """family: a further one of the study, whose sizes are its active parameters."""
+def _curves_section(folder, runs, family: str | None = None, label: str = ""):
+    """family, label: a further one of the study, whose sizes are its active parameters."""
     if not any(run.start and (run.train or run.evals) for run in runs):
         return []
     if family is None:
         title, name, n = "Loss curves", "loss_curves", "non_embedding"
     else:
-        title, name, n = f"Loss curves: {family}", f"loss_curves-{family}", families.ACTIVE
+        title, name, n = f"Loss curves: {label}", f"loss_curves-{family}", families.ACTIVE
     return sections.figure(title, _drawn(folder, name, lambda: curve_plots.loss_curves(runs, n)), CURVES)
 
 
@@ -252,7 +258,8 @@ def _evidence_sections(folder, e: Evidence, known):
     untested = () if e.tested.outcomes else (Refusal(e.tested.sentence()),)
     contours = _drawn(folder, "contours", lambda: plots.contours(fitted, e.cost, optimum), e.forecasts)
     residuals = _drawn(folder, "residuals", lambda: plots.residuals(fitted))
-    isoflop = _drawn(folder, "isoflop", lambda: evidence_plots.isoflop(e.isoflop, fitted, e.cost), e.isoflop)
+    isoflop = _drawn(folder, "isoflop", lambda: evidence_plots.isoflop(e.isoflop, fitted, e.cost, fitted.loss_kind),
+                    e.isoflop)  # fmt: skip
     tested = _drawn(folder, "back_test", lambda: evidence_plots.back_test(e.tested, e.cuts, fitted.residual), *untested)
     choice = _drawn(folder, "choice_of_form", lambda: evidence_plots.choice(e.choice), e.choice)
     return [

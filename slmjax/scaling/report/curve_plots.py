@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from slmjax.scaling import show
 from slmjax.scaling.points import Run
 from slmjax.scaling.report import drawing
 
@@ -36,7 +37,9 @@ def loss_curves(runs: Sequence[Run], n: str = "non_embedding") -> Any:
             axes.set_ylim(low - 0.08 * (high - low), top)
             curves = [point for run in started for point in _curve(run, [*run.train, *run.evals])]
             axes.set_xlim(left=0.8 * min(tokens for tokens, loss in curves if loss <= top))
-        axes.set(xscale="log", xlabel="tokens D", ylabel="loss (nats per token)")
+        kinds = sorted({run.start.get("loss_kind", "exact") for run in started})
+        kind = kinds[0] if len(kinds) == 1 else f"mixed: {', '.join(kinds)}"
+        axes.set(xscale="log", xlabel="tokens D", ylabel=f"{show.loss_name(kind)}, nats per token")
         drawing.count_ticks(axes.xaxis)
         drawing.ramp_legend(axes, colours, "parameters N", loc="upper right")
         _trunk_legend(axes)

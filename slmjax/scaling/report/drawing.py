@@ -62,6 +62,11 @@ def new_figure(width: float, height: float, columns: int = 1, widths: Iterable[f
     return figure, figure.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
 
 
+def loss_label(kind: str | None) -> str:
+    """Of an axis of held-out losses of one kind."""
+    return f"held-out {show.loss_name(kind)}, nats per token"
+
+
 def ramp(values: Iterable[float]) -> dict[float, Any]:
     """{value: colour} from light (small) to dark (large), by rank so that any spacing stays legible."""
     from matplotlib import colormaps

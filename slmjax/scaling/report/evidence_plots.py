@@ -18,10 +18,12 @@ from slmjax.scaling.report import drawing
 from slmjax.scaling.report.drawing import INK, LAW_COLOUR, MUTED
 
 
-def isoflop(found: IsoFlop, fit: Fit | None = None, cost: Cost | None = None) -> Any:
+def isoflop(found: IsoFlop, fit: Fit | None = None, cost: Cost | None = None, kind: str | None = None) -> Any:
     """Loss against N at each budget with a parabola through the sizes near the best; the best sizes against C.
 
-    fit, cost: a law of N and D, whose frontier is drawn beside the line through the optima.
+    Args:
+      fit, cost: a law of N and D, whose frontier is drawn beside the line through the optima.
+      kind: of the losses.
     """
     colours = drawing.ramp(budget.C for budget in found.budgets)
     with drawing.style():
@@ -33,7 +35,7 @@ def isoflop(found: IsoFlop, fit: Fit | None = None, cost: Cost | None = None) ->
                 left.plot(*curve, color=colours[budget.C], linewidth=1)
         best = {"color": LAW_COLOUR, "markeredgecolor": "white", "markersize": 6}
         left.plot([o.N for o in found.optima], [o.loss for o in found.optima], "D", **best, label="best size")
-        left.set(xscale="log", xlabel="parameters N", ylabel="held-out loss (nats per token)")
+        left.set(xscale="log", xlabel="parameters N", ylabel=drawing.loss_label(kind))
         drawing.count_ticks(left.xaxis)
         left.yaxis.get_major_locator().set_params(nbins=7)
         drawing.ramp_legend(left, colours, "budget C (FLOPs)", text=drawing.power_of_ten, loc="upper right")

@@ -10,7 +10,7 @@ import numpy as np
 from slmjax.scaling import allocation, prediction
 from slmjax.scaling.backtest import back_test
 from slmjax.scaling.families import Families
-from slmjax.scaling.leverage import logged_cost
+from slmjax.scaling.leverage import logged_cost, trained_with
 from slmjax.scaling.report import drawing
 
 # Told apart without colour too: by marker, and by the label of the line.
@@ -19,8 +19,8 @@ LEVEL = 0.8
 
 
 def families_on_compute(found: Families) -> Any:
-    """Every run by family, and each family's compute-optimal line with the interval of one run; dashed beyond its own
-    largest run.
+    """Every run by family, and each family's compute-optimal line with the interval of one run; dashed outside its own
+    runs.
 
     Raises:
       ValueError: the points have no C.
@@ -37,10 +37,13 @@ def families_on_compute(found: Families) -> Any:
             look = {"color": colour, "markersize": 5.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "zorder": 3}
             errors = [p.se or 0 for p in points]
             axes.errorbar([p.C for p in points], [p.loss for p in points], yerr=errors, fmt=marker, elinewidth=0.8,
-                          label=f"{name}: runs", **look)  # fmt: skip
+                          label=f"{found.labels[name]}: runs", **look)  # fmt: skip
             if name in found.fits:
-                _draw_line(axes, name, found.fits[name], np.geomspace(*ends, 80), colour)
-        axes.set(xscale="log", xlabel="training compute C (FLOPs)", ylabel="held-out loss (nats per token)")
+                _draw_line(axes, found.labels[name], found.fits[name], np.geomspace(*ends, 80), colour)
+        bounds = [name for name, kind in found.loss_kinds.items() if kind != "exact"]
+        kind = f"of {', '.join(bounds)} its upper bound" if len(bounds) < len(found.points) else "bound"
+        label = drawing.loss_label(kind if bounds else "exact")
+        axes.set(xscale="log", xlabel="training compute C (FLOPs)", ylabel=label)
         drawing.flops_ticks(axes.xaxis)
         axes.legend(loc="upper right")
     return figure
@@ -63,7 +66,9 @@ def _draw_line(axes, name, fit, C_m, colour):
     said = f"{name}: {LEVEL:.0%} interval of one run"
     axes.fill_between(targets["C"], scaled(made.value_m + low_m), scaled(made.value_m + high_m), color=colour,
                       alpha=0.15, linewidth=0, label=said)  # fmt: skip
-    own_m = targets["C"] <= max(p["C"] for p in fit.points)
-    line_m = scaled(made.value_m)
+    low, high = trained_with(fit)
+    below_m, above_m = targets["C"] < low, targets["C"] > high
+    line_m, own_m = scaled(made.value_m), ~(below_m | above_m)
     axes.plot(targets["C"][own_m], line_m[own_m], color=colour, linewidth=1.8, label=f"{name}: compute-optimal")
-    axes.plot(targets["C"][~own_m], line_m[~own_m], color=colour, linewidth=1.4, linestyle=(0, (4, 2)))
+    for outside_m in (below_m, above_m):
+        axes.plot(targets["C"][outside_m], line_m[outside_m], color=colour, linewidth=1.4, linestyle=(0, (4, 2)))

@@ -6,6 +6,7 @@ from importlib import metadata
 import numpy as np
 
 from slmjax.scaling import backtest, diagnose, show
+from slmjax.scaling.report import sections
 from slmjax.scaling.report.evidence import Evidence
 from slmjax.scaling.report.page import escape, folded, table
 from slmjax.scaling.report.sources import Source
@@ -64,7 +65,8 @@ def all_points(e: Evidence) -> list[str]:
         far = f'<span class="flag">{z:+.1f}</span>' if abs(z) > diagnose.OUTLIER else f"{z:+.1f}"
         missed = f"{residual:+.2f}%" if e.fit.residual == "log" else f"{residual:+.4f}"
         rows.append([f"<code>{escape(p['run_id'])}</code>", *counts, flops, loss, missed, far])
-    header = ["Run", "N", "D", *further, "C (FLOPs)", "Loss", "Observed − predicted", "z"]
+    name = sections.capital(show.loss_name(e.fit.loss_kind))
+    header = ["Run", "N", "D", *further, "C (FLOPs)", name, "Observed − predicted", "z"]
     content = table(header, rows, range(1, len(header)))
     return ["<h2>Points</h2>", folded(f"All {len(rows)} points with their residuals", content)]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from slmjax.scaling import allocation, diagnose, prediction
+from slmjax.scaling import allocation, diagnose, prediction, show
 from slmjax.scaling.allocation import Cost
 from slmjax.scaling.backtest import back_test
 from slmjax.scaling.fit import Fit
@@ -54,7 +54,7 @@ def contours(fit: Fit, cost: Cost, made: Sequence[Forecast] = ()) -> Any:
         drawing.count_ticks(axes.yaxis)
         axes.grid(False)
         bar = figure.colorbar(dots, ax=axes, pad=0.015, aspect=40, extend="max")
-        bar.set_label("observed loss of the runs (nats per token)")
+        bar.set_label(f"observed {show.loss_name(fit.loss_kind)} of the runs, nats per token")
         bar.outline.set_visible(False)
         axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
     return figure
@@ -126,7 +126,7 @@ def loss_against_compute(
             _draw_runs(axes, group, colour)
         if max(budgets, default=0) > largest:
             _mark_extrapolation(axes, largest)
-        axes.set(xscale="log", xlabel="training compute C (FLOPs)", ylabel="held-out loss (nats per token)")
+        axes.set(xscale="log", xlabel="training compute C (FLOPs)", ylabel=drawing.loss_label(point_set.loss_kind))
         drawing.flops_ticks(axes.xaxis)
         if colours:
             drawing.ramp_legend(axes, colours, "parameters N", loc="upper right")
@@ -191,7 +191,10 @@ def residuals(fit: Fit) -> Any:
             axes.scatter(x_n[flagged_n], shown_n[flagged_n], s=60, **ring)
             axes.set(xscale="log", xlabel=label)
             (drawing.flops_ticks if label.endswith("(FLOPs)") else drawing.count_ticks)(axes.xaxis)
-        all_axes[0].set_ylabel("observed − predicted loss" + (" (%)" if fit.residual == "log" else ""), color=INK)
+        all_axes[0].set_ylabel(
+            f"observed − predicted {show.loss_name(fit.loss_kind)}" + (", %" if fit.residual == "log" else ""),
+            color=INK,
+        )
         for axes in all_axes[1:]:
             axes.sharey(all_axes[0])
             axes.tick_params(labelleft=False)

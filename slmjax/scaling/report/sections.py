@@ -30,7 +30,7 @@ def answer(e: Evidence) -> list[str]:
     """What a bigger run will reach, with which N and D, and how sure that is."""
     sure = bullets(_how_sure(e))
     if not isinstance(e.forecasts, Refusal):
-        return framed([*_optimum_answer(shown(e.forecasts)), sure])
+        return framed([*_optimum_answer(shown(e.forecasts), show.loss_name(e.fit.loss_kind)), sure])
     if not isinstance(e.losses, Refusal):
         return framed([*_loss_answer(e), sure])
     i95, weak = e.fit.intervals(0.95), e.fit.weakly_identified()
@@ -44,16 +44,17 @@ def answer(e: Evidence) -> list[str]:
     return framed([f'<p class="headline">{said}</p>', key_figures(items), sure])
 
 
-def _optimum_answer(f):
+def _optimum_answer(f, name):
+    """name: what the loss is called."""
     loss, N, D, ratio = (f[key] for key in ("loss", "N", "D", "tokens_per_param"))
     low, high = (_loss_text(end) for end in loss.intervals[0.95])
     headline = (
         f"{_budget_said(f.reach['C'], f.target['flops'])}, train "
-        f"<b>{show.count(N.value)} parameters</b> on <b>{show.count(D.value)} tokens</b> and expect a held-out loss of "
-        f"<b>{loss.value:.3f}</b>, 95% between <b>{low} and {high}</b>."
+        f"<b>{show.count(N.value)} parameters</b> on <b>{show.count(D.value)} tokens</b> and expect a held-out {name} "
+        f"of <b>{loss.value:.3f}</b>, 95% between <b>{low} and {high}</b>."
     )
     items = [
-        ("Loss, nats per token", f"{loss.value:.3f}", show.interval(loss.intervals[0.95], _loss_text)),
+        (f"{capital(name)}, nats per token", f"{loss.value:.3f}", show.interval(loss.intervals[0.95], _loss_text)),
         ("Parameters N", show.count(N.value), show.interval(N.intervals[0.95], show.count)),
         ("Tokens D", show.count(D.value), show.interval(D.intervals[0.95], show.count)),
         ("Tokens per parameter", f"{ratio.value:.3g}", show.interval(ratio.intervals[0.95], show.count)),
@@ -62,15 +63,19 @@ def _optimum_answer(f):
 
 
 def _loss_answer(e):
-    largest = max(p["C"] for p in e.fit.points)
+    largest, name = max(p["C"] for p in e.fit.points), show.loss_name(e.fit.loss_kind)
     C, loss = next((item for item in e.losses.items() if item[0] > 2 * largest), [*e.losses.items()][-1])
     low, high = (_loss_text(end) for end in loss.intervals[0.95])
     headline = (
-        f"{_budget_said(C / largest, C)}, expect a held-out loss of <b>{loss.value:.3f}</b>, 95% between "
+        f"{_budget_said(C / largest, C)}, expect a held-out {name} of <b>{loss.value:.3f}</b>, 95% between "
         f"<b>{low} and {high}</b>."
     )
     items = [
-        (f"Loss at {show.power_of_ten(C)} FLOPs", f"{q.value:.3f}", show.interval(q.intervals[0.95], _loss_text))
+        (
+            f"{capital(name)} at {show.power_of_ten(C)} FLOPs",
+            f"{q.value:.3f}",
+            show.interval(q.intervals[0.95], _loss_text),
+        )
         for C, q in e.losses.items()
     ]
     return [f'<p class="headline">{headline}</p>', key_figures(items)]
@@ -160,9 +165,14 @@ def _agreement_said(agreement):
     return f'<span class="flag">Methods disagree on N*: {escape("; ".join(pairs))}.</span>'
 
 
+def capital(text: str) -> str:
+    """Only the first letter: counts and names keep theirs."""
+    return text[:1].upper() + text[1:]
+
+
 def sentence(text):
     """Capitalised where it begins with a word, and not with the name of a file or a flag."""
-    return escape(text[:1].upper() + text[1:] if re.match(r"[a-z]+(-[a-z]+)*[:,]?( |$)", text) else text)
+    return escape(capital(text) if re.match(r"[a-z]+(-[a-z]+)*[:,]?( |$)", text) else text)
 
 
 # --- the fit ----------------------------------------------------------------------------------------------------
@@ -184,7 +194,8 @@ def optimum_table(e: Evidence, bytes_per_token: float | None = None) -> list[str
             cells.append(f"{f['loss'].value / math.log(2) / bytes_per_token:.3f}")
         far = f'<span class="flag">{show.times(reach)}, extrapolation</span>' if reach > 1.05 else show.times(reach)
         rows.append([show.power_of_ten(f.target["flops"]), far, *cells])
-    header = ["Budget (FLOPs)", "Of largest run", "N", "D", "D/N", "Loss", *(["Bits/byte"] if bytes_per_token else [])]
+    name = capital(show.loss_name(e.fit.loss_kind))
+    header = ["Budget (FLOPs)", "Of largest run", "N", "D", "D/N", name, *(["Bits/byte"] if bytes_per_token else [])]
     return [
         f"<h2>{title}</h2>",
         table(header, rows, numeric=(0, *range(2, len(header)))),

@@ -4,19 +4,20 @@ import json
 from collections.abc import Mapping
 
 from slmjax.scaling import show
+from slmjax.scaling.families import label
 from slmjax.scaling.report.page import escape, folded, table
 from slmjax.scaling.report.sections import framed
 
 
 def header(name, runs, point_set):
     first = next((run.start for run in runs if run.start), {})
-    said = [
-        f"{len(runs)} runs, {len(point_set)} finished and annealed",
-        f"loss: {first.get('loss_kind', 'unknown')}, nats per token",
-    ]
-    families = point_set.families()
-    if len(families) > 1:
-        said.append(f"families: {escape(families[0])}, fitted here, and {escape(', '.join(families[1:]))}, compared")
+    kinds = sorted({run.start.get("loss_kind", "exact") for run in runs if run.start}, key="exact".__ne__)
+    loss = f"loss: {' or '.join(show.kind_of_loss(kind) for kind in kinds) or 'unknown'}, nats per token"
+    said = [f"{len(runs)} runs, {len(point_set)} finished and annealed", escape(loss)]
+    names = point_set.families()
+    if len(names) > 1:
+        own, *others = (label(name, point_set.only(name).loss_kind) for name in names)
+        said.append(f"families: {escape(own)}, fitted here, and {escape(', '.join(others))}, compared")
     said += [f"{key} <code>{escape(str(first[key])[:12])}</code>" for key in ("corpus", "tokenizer") if first.get(key)]
     return [
         '<p class="eyebrow">slmjax scaling report</p>',
@@ -32,7 +33,7 @@ def no_law(refusal, point_set):
         best = min(point_set.points, key=lambda p: p.loss)
         body.append(
             f"<p>Best run so far: <code>{escape(best.run_id)}</code> with N = {show.count(best.N)}, "
-            f"D = {show.count(best.D)} and loss {best.loss:.4f}.</p>"
+            f"D = {show.count(best.D)} and loss {show.at_most(f'{best.loss:.4f}', best.loss_kind)}.</p>"
         )
     return framed(body)
 
@@ -64,8 +65,8 @@ def run_tables(runs, point_set):
                 show.count(p.D),
                 show.power_of_ten(p.C),
                 epochs,
-                f"{p.loss:.4f}" + (f" ± {p.se:.4f}" if p.se else ""),
-                "" if run.end.get("bits_per_byte") is None else f"{run.end['bits_per_byte']:.3f}",
+                show.at_most(f"{p.loss:.4f}" + (f" ± {p.se:.4f}" if p.se else ""), p.loss_kind),
+                "" if (bits := run.end.get("bits_per_byte")) is None else show.at_most(f"{bits:.3f}", p.loss_kind),
                 show.count(sorted(speed)[len(speed) // 2]) if speed else "",
                 show.duration(run.end.get("wall_s")),
                 run.status + (f"<small>{run.num_attempts} attempts</small>" if run.num_attempts > 1 else ""),
@@ -78,6 +79,7 @@ def run_tables(runs, point_set):
         note = (
             f"N: {n} parameters. C: FLOPs per token {flops} × D. "
             "Loss: held-out, nats per token, ± standard error of the evaluation. Tokens/s: median."
+            + (" ≤: an upper bound." if any(p.loss_kind == "bound" for p in points) else "")
         )
         parts = ["<h2>Finished runs</h2>", table(header, rows, range(2, 10), wrap=(1,)), f'<p class="note">{note}</p>']
     if point_set.excluded:
