@@ -117,7 +117,7 @@ class Member:
             corpus=self.dataset.fingerprint["corpus"],
             bytes_per_token=self.dataset.bytes_per_token,
             entropy=self.dataset.entropy,
-            family=family(cfg),
+            family=family(cfg, self.program.objective.kind),
             mesh=dict(self.program.mesh.shape),
             **self.inherited,
         )
@@ -310,11 +310,14 @@ def _inherited(meta: dict) -> dict:
     return {key: meta[key] for key in ("inherited_tokens", "inherited_flops") if key in meta}
 
 
-def family(cfg: config.RunConfig) -> str:
-    """What a run's points are told apart by: a fork's own build, dense or moe; and by objectives that hide tokens."""
-    model, name = cfg.model, {"masked_diffusion": "mdm", "block_diffusion": "block"}.get(cfg.objective.name)
-    kind = model.build if model.build != "transformer" else "moe" if "moe" in model.feed_forwards else "dense"
-    return kind if name is None else name if kind == "dense" else f"{name}-{kind}"
+def family(cfg: config.RunConfig, kind: str) -> str:
+    """What a run's points are told apart by: a fork's own build, dense or moe, and an objective that gives a bound."""
+    model = cfg.model
+    name = model.build if model.build != "transformer" else "moe" if "moe" in model.feed_forwards else "dense"
+    if kind == "exact":
+        return name
+    objective = {"masked_diffusion": "mdm", "block_diffusion": "block"}.get(cfg.objective.name, cfg.objective.name)
+    return objective if name == "dense" else f"{objective}-{name}"
 
 
 def _by_layer(model: config.ModelConfig, values) -> dict[str, float]:

@@ -24,7 +24,7 @@ from tiny import (
     train_one,
 )
 
-from slmjax import config, denoiser, ladder, models, objectives, program
+from slmjax import config, denoiser, ladder, member, models, objectives, program
 from slmjax.config import ConfigError, DiffusionConfig, ObjectiveConfig
 from slmjax.objectives.noise import HIDDEN
 
@@ -385,6 +385,16 @@ def test_masks_go_on_bit_for_bit_after_a_stop(changes, tmp_path, seed):
     logged = runs.load(tmp_path / "straight", run)
     assert logged.start["loss_kind"] == "bound" and logged.start["family"] in ("mdm", "block")
     assert {"nelbo", "loss_by_noise", "masked"} <= set(logged.train[-1])
+
+
+def test_families_are_told_apart_by_what_their_loss_is():
+    moe = {"model.moe.num_experts": 4}
+    for changes, kind, expected in (
+        ({}, "exact", "dense"), (moe, "exact", "moe"), (MDM, "bound", "mdm"), (MDM | moe, "bound", "mdm-moe"),
+        (BLOCK, "bound", "block"), ({"objective.name": "lab.mine"}, "exact", "dense"),
+        ({"objective.name": "lab.mine"}, "bound", "lab.mine"),
+    ):  # fmt: skip
+        assert member.family(tiny(changes), kind) == expected
 
 
 def test_held_out_noise_hangs_on_the_row_alone(seed):
