@@ -29,6 +29,16 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_mappings():
+    """Forgets compiled programs between modules before there are too many: XLA maps memory for each CPU program several
+    times, Linux allows a process 65,530 mappings, and past them the next compilation aborts it."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def seed(request):
     """Drawn anew for every test; a failure shows it, and `--seed` repeats it."""
