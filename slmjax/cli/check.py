@@ -21,7 +21,7 @@ from slmjax import environment
 from slmjax.cli import options
 from slmjax.config import ConfigError
 
-STEPS = {"coord": 5, "reversal": 2000, "parallel": 1000}
+STEPS = {"coord": 5, "reversal": 2000, "parallel": 3000}
 READS = {  # beside steps and json
     "coord": ("config", "widths", "depths", "seeds", "tolerance", "plot"),
     "reversal": ("pairs", "out", "seed"),
