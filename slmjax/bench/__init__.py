@@ -269,12 +269,10 @@ def _gflop_per_s(product: Callable, multiplications: int) -> float:
 # --- all of it -------------------------------------------------------------------------------------------------------
 
 
-def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
-    """Measures a config for about `seconds`, compilation apart."""
-    cfg = ladder.resolved(cfg)
-    on_cpu = jax.default_backend() == "cpu"
+def _programs(cfg: RunConfig) -> dict[str, Program]:
+    """A resolved config's ways of training, and what its experts or its objective are compared with."""
     programs = {"slmjax train": train.build_program([Run(cfg)])}
-    if on_cpu and len(jax.devices()) > 1:
+    if jax.default_backend() == "cpu" and len(jax.devices()) > 1:
         alone = sharding.make_mesh(config.override(cfg, {"mesh.data": 1}).mesh, devices=jax.devices()[:1])
         programs["slmjax, one device"] = program.build(cfg, 1, alone)
         count = len(jax.devices())
@@ -286,11 +284,18 @@ def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
         capacity = config.override(cfg, {"model.moe.dispatch": "capacity"})
         programs["slmjax, capacity one-hot"] = train.build_program([Run(capacity)])
     if cfg.objective.name in config.MASKING:
-        causal = config.override(cfg, {"objective": config.to_dict(config.ObjectiveConfig()), "model.mask_row": "auto"})
-        causal = config.override(causal, {"objective.loss_chunk": cfg.objective.loss_chunk})
+        objective = config.to_dict(config.ObjectiveConfig(loss_chunk=cfg.objective.loss_chunk))
+        causal = config.override(cfg, {"objective": objective, "model.mask_row": "auto"})
         programs[CAUSAL] = train.build_program([Run(causal)])
         if "slmjax, one device" in programs:
             programs[f"{CAUSAL}, one device"] = program.build(causal, 1, alone)
+    return programs
+
+
+def measure(cfg: RunConfig, name: str, seconds: float) -> Result:
+    """Measures a config for about `seconds`, compilation apart."""
+    cfg = ladder.resolved(cfg)
+    on_cpu, programs = jax.default_backend() == "cpu", _programs(cfg)
     shape = plain_shape(cfg)
     compiled = {what: compile_seconds(prog.train, *train_arguments(prog, cfg)) for what, prog in programs.items()}
     step, params, opt_state = plain_jax.make_step(shape)
