@@ -8,6 +8,7 @@ not imported here.
 import importlib.util
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from importlib import metadata
@@ -35,6 +36,16 @@ def cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))  # macOS has no affinity
+
+
+def gpus(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The NVIDIA GPUs this process may use, as CUDA_VISIBLE_DEVICES names them; [] where JAX is to train on CPU."""
+    if environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu" or not _on_accelerator(environ):
+        return []
+    if (chosen := environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in chosen.split(",") if name]
+    nodes = (re.fullmatch(r"nvidia(\d+)", path.name) for path in Path("/dev").glob("nvidia*"))
+    return sorted((match[1] for match in nodes if match), key=int)
 
 
 def pin(chosen: list[int]) -> None:

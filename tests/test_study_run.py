@@ -187,11 +187,17 @@ def test_shares_cover_the_cores():
         local.shares(cores, 0)
 
 
-def test_packs_survive_being_written_down(study_file, tmp_path):
+def packs_of(study_file, out):
     from slmjax.cli import options
 
     study = options.load_study(str(study_file))
-    packs = launchers.write_packs(study, tmp_path)
+    packs = local.Local(out).packs(study, study.save(out), set())
+    launchers.write_packs(packs)
+    return packs
+
+
+def test_packs_survive_being_written_down(study_file, tmp_path):
+    packs = packs_of(study_file, tmp_path)
     assert [pack.flops for pack in packs] == sorted((pack.flops for pack in packs), reverse=True)
     for pack in packs:
         assert launchers.read_pack(pack.path("json")) == pack
@@ -203,9 +209,8 @@ def test_packs_survive_being_written_down(study_file, tmp_path):
 
 def test_a_pack_that_cannot_begin_is_every_runs_reason(study_file, tmp_path, monkeypatch):
     from slmjax import train
-    from slmjax.cli import options
 
-    pack = launchers.write_packs(options.load_study(str(study_file)), tmp_path)[0]
+    pack = packs_of(study_file, tmp_path)[0]
     monkeypatch.setattr(train, "build_program", lambda *args: exec("raise MemoryError('no room')"))
     with pytest.raises(MemoryError):
         launchers.train_pack(pack)
@@ -215,9 +220,7 @@ def test_a_pack_that_cannot_begin_is_every_runs_reason(study_file, tmp_path, mon
 
 
 def test_a_running_status_of_a_dead_process_is_called_killed(study_file, tmp_path):
-    from slmjax.cli import options
-
-    pack = launchers.write_packs(options.load_study(str(study_file)), tmp_path)[0]
+    pack = packs_of(study_file, tmp_path)[0]
     run_dir = pack.folder / pack.runs[0].run_id
     writer = None
     with lease.RunLease(run_dir):

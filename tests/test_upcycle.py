@@ -12,7 +12,7 @@ import tiny
 
 from slmjax import cli, config, environment, ladder, models, records, study, train, upcycle
 from slmjax.config import ConfigError, StartConfig
-from slmjax.launchers import Pack, local
+from slmjax.launchers import Pack, driver, local
 from slmjax.launchers.compare import compare
 from slmjax.launchers.plan import make_plan
 from slmjax.scaling.envelope import curves_of_runs
@@ -330,18 +330,25 @@ def test_what_a_run_cannot_begin_from_is_said_in_a_sentence(changes, said, train
 
 def test_a_pack_waits_for_the_dense_checkpoint_and_no_longer(tmp_path):
     source, sparse, *branches = from_trunk()
-    dense, upcycled = Pack(tmp_path, [source]), Pack(tmp_path, [sparse, *branches])
-    launcher = local._Launcher([upcycled, dense], [[0], [0]])
-    assert launcher.waiting == [upcycled, dense]
-    assert launcher.must_wait(upcycled) and not launcher.must_wait(dense)
-    launcher.waiting.remove(dense)
-    launcher.places[0].pack = dense
-    assert launcher.must_wait(upcycled)
-    (tmp_path / source.run_id / "checkpoints" / "step-00000008").mkdir(parents=True)
-    assert not launcher.must_wait(upcycled)
+    made, place = Study("s", runs.make_config(), []), local.Local(tmp_path)
+    dense, upcycled = Pack(tmp_path, [source], "dense"), Pack(tmp_path, [sparse, *branches], "upcycled")
+    launch = driver._Driver(made, tmp_path, place)
+    launch.waiting = [upcycled, dense]
+    assert launch.must_wait(upcycled) and not launch.must_wait(dense) and launch.ready() == [dense]
+    launch.waiting.remove(dense)
+    launch.in_hand["dense"] = dense
+    assert launch.must_wait(upcycled) and launch.ready() == []
+    place.queues_after = True  # as a scheduler does: it can be handed over, behind the other
+    assert launch.ready() == [upcycled] and launch.followed(upcycled) == {"dense"}
+    place.queues_after = False
+    saved = tmp_path / source.run_id / "checkpoints" / "step-00000008" / "digests.json"
+    saved.parent.mkdir(parents=True)
+    assert launch.must_wait(upcycled), "the checkpoint is not complete yet"
+    saved.touch()
+    assert not launch.must_wait(upcycled)
     shutil.rmtree(tmp_path / source.run_id)
-    launcher.places[0].pack = None  # it has ended, without the checkpoint: the run will say so
-    assert not launcher.must_wait(upcycled)
+    launch.in_hand.clear()  # it has ended, without the checkpoint: the run will say so
+    assert not launch.must_wait(upcycled)
 
 
 @pytest.mark.slow
@@ -349,8 +356,9 @@ def test_a_pack_waits_for_the_dense_checkpoint_and_no_longer(tmp_path):
 def test_the_local_launcher_trains_the_dense_run_first(jobs, tmp_path):
     cells = branch(study.upcycle([Cell(MOE)], at=8), [16, 24], decay_fraction=0.25)
     made = Study("s", runs.make_config(), cells)
-    assert local.run(made, tmp_path, jobs) == 0
-    assert all((tmp_path / "s" / run.run_id / "DONE").exists() for run in made.runs)
+    folder = made.save(tmp_path)
+    assert driver.run(made, folder, local.Local(folder, jobs), watch=True) == 0
+    assert all((folder / run.run_id / "DONE").exists() for run in made.runs)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------

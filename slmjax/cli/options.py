@@ -188,13 +188,20 @@ def print_json(value: Any) -> None:
 
 
 def print_table(rows: list[dict[str, str]], left: tuple[str, ...] = (), styles: dict[str, str] | None = None) -> None:
-    """Rows as a table: columns named by their keys, those in `left` aligned to the left, numbers to the right."""
+    """Rows as a table, see `make_table`."""
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe has no edge to wrap at
         console = rich.console.Console(width=10_000)
+    console.print(make_table(rows, left, styles))
+
+
+def make_table(
+    rows: list[dict[str, str]], left: tuple[str, ...] = (), styles: dict[str, str] | None = None
+) -> rich.table.Table:
+    """Columns named by the rows' keys, those in `left` aligned to the left, numbers to the right; styles by state."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*row.values(), style=(styles or {}).get(row.get("state", ""), ""))
-    console.print(table)
+    return table

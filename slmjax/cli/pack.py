@@ -1,6 +1,6 @@
-"""slmjax pack FILE [--cores=0,1,...]
+"""slmjax pack FILE [--task=K] [--cores=0,1,...]
 
-Trains the runs of a pack file, as launchers write them, in this process.
+Trains the runs of a pack file, as launchers write them, in this process; or task K of a submission file.
 """
 
 from pathlib import Path
@@ -10,9 +10,11 @@ from absl.flags import FlagValues
 
 from slmjax import environment, launchers
 from slmjax.config import ConfigError
+from slmjax.launchers import submissions
 
 
 def define(flag_values: FlagValues) -> None:
+    absl_flags.DEFINE_integer("task", None, "FILE is a submission: which of its packs, from 0", flag_values=flag_values)
     absl_flags.DEFINE_list("cores", None, "cores to stay on; all when not given", flag_values=flag_values)
 
 
@@ -22,4 +24,5 @@ def run(flags: FlagValues, args: list[str]) -> int:
     if flags.cores:
         environment.pin([int(core) for core in flags.cores])
     environment.prepare()
-    return launchers.train_pack(launchers.read_pack(Path(args[0])))
+    file = Path(args[0]) if flags.task is None else submissions.pack_file(Path(args[0]), flags.task)
+    return launchers.train_pack(launchers.read_pack(file))

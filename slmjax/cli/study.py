@@ -1,15 +1,16 @@
 """slmjax study ACTION --study=FILE[:ARG] --out=DIR, or --study=DIR/NAME for a study that has been run
 
 plan          runs with N, D and FLOPs, how many programs are compiled, what it costs; nothing runs
-run           trains what is left to train; run it again to go on where it stopped
-status        a table of the runs, from their folders
+run           trains what is left to train, here or --on a cluster; run it again to go on where it stopped
+status        a table of the runs, from their folders, and why some failed; --watch keeps it on the screen
 compare       final losses of one tag against another, e.g. --rows=width --columns=lr, and what each column cost
 logs RUN_ID   what a run has recorded (the beginning of its id will do)
-cancel        asks what is running here to save and stop
+cancel        asks what is running, here or on a cluster, to save and stop
 report        fits a law to each model family, compares them, and writes report.html, fit.json and figures
 """
 
 import difflib
+import sys
 from pathlib import Path
 
 from absl import flags as absl_flags
@@ -18,18 +19,31 @@ from absl.flags import FlagValues
 from slmjax import records
 from slmjax.cli import options
 from slmjax.config import ConfigError
+from slmjax.launchers import backends
+from slmjax.launchers.backend import Backend, BackendError
 from slmjax.scaling import families, show
 
 ACTIONS = ("plan", "run", "status", "compare", "logs", "cancel", "report")
-STYLES = {"done": "green", "running": "cyan", "failed": "red", "diverged": "red", "killed": "red"}
 
 
 def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_string("study", None, "study: FILE.py[:ARG], a name, or its folder", flag_values=flag_values)
     options.define_out(flag_values)
     options.define_json(flag_values)
-    absl_flags.DEFINE_integer("jobs", 1, "run: programs to train at a time, each on its share of the cores",
+    absl_flags.DEFINE_string("on", "local", "run: where, " + ", ".join(backends.BACKENDS), flag_values=flag_values)
+    absl_flags.DEFINE_integer("jobs", None, "run: packs to train at a time; local: 1, each on its share of the machine",
                               flag_values=flag_values)  # fmt: skip
+    absl_flags.DEFINE_string("script", None, "run: what a cluster is given for each pack, from launch/",
+                             flag_values=flag_values)  # fmt: skip
+    absl_flags.DEFINE_integer("chains_per_pack", 1, "run, on a cluster: trunks with their branches, or single runs, "
+                              "that one process trains", flag_values=flag_values)  # fmt: skip
+    absl_flags.DEFINE_integer("devices_per_node", None, "run, on Slurm: more nodes for a mesh of more devices",
+                              flag_values=flag_values)  # fmt: skip
+    absl_flags.DEFINE_string("arguments", "", "run: more of them for sbatch, as one string", flag_values=flag_values)
+    absl_flags.DEFINE_boolean("dry_run", False, "run: print what would be started, and where", flag_values=flag_values)
+    absl_flags.DEFINE_float("device_hours", None, "run: stop the study once it has cost this much",
+                            flag_values=flag_values)  # fmt: skip
+    absl_flags.DEFINE_boolean("watch", False, "run, status: stay until everything has ended", flag_values=flag_values)
     absl_flags.DEFINE_float("flops_per_s", None, "plan: measured speed, for the time it will take",
                             flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_float("tokens_per_s", None, "plan: the same, in tokens", flag_values=flag_values)
@@ -112,11 +126,22 @@ def _plan(flags: FlagValues) -> int:
 
 
 def _run(flags: FlagValues) -> int:
-    from slmjax.launchers import local
+    from slmjax.launchers import budget, driver
 
     source = _source(flags)
-    exit_code = local.run(source, Path(flags.out), flags.jobs)
     folder = Path(flags.out) / source.name
+    place = _backend(flags, folder)
+    if flags.dry_run:
+        print("\n".join(driver.preview(source, folder, place)))
+        return 0
+    source.save(Path(flags.out))
+    if flags.device_hours is not None:
+        budget.set_bound(folder, flags.device_hours)
+    try:
+        exit_code = driver.run(source, folder, place, watch=flags.watch)
+    except BackendError as error:
+        print(f"slmjax study: {error}", file=sys.stderr)
+        return 1
     _show_status(folder, flags.json)
     if not flags.json:
         print(f"records, checkpoints and logs: {folder}")
@@ -125,36 +150,49 @@ def _run(flags: FlagValues) -> int:
     return exit_code
 
 
+def _backend(flags: FlagValues, folder: Path) -> Backend:
+    """What --on names, with the flags that are for it; a flag of another one is refused."""
+    given = {
+        "jobs": flags.jobs,
+        "script": flags.script and Path(flags.script),
+        "chains_per_pack": flags.chains_per_pack,
+        "devices_per_node": flags.devices_per_node,
+        "arguments": flags.arguments,
+    }
+    takes = {"local": ("jobs",), "slurm": tuple(given)}.get(
+        flags.on, ("jobs", "script", "chains_per_pack", "arguments")
+    )
+    for name in given:
+        if name not in takes and flags[name].present:
+            raise ConfigError(f"--{name} means nothing --on={flags.on}, which takes {', '.join(takes)}")
+    options = {name: given[name] for name in takes if given[name] is not None}
+    return backends.open_backend(flags.on, folder, **options)
+
+
 def _status(flags: FlagValues) -> int:
-    _show_status(_folder(flags), flags.json)
+    from slmjax.launchers import table
+
+    folder = _folder(flags)
+    if not flags.watch:
+        _show_status(folder, flags.json)
+        return 0
+
+    def make_table(rows):
+        return options.make_table(rows, table.LEFT, table.STYLES)
+
+    table.watch(folder, make_table, lambda: _show_status(folder, flags.json))
     return 0
 
 
 def _show_status(folder: Path, as_json: bool) -> None:
-    from slmjax.launchers import status
+    from slmjax.launchers import table
 
-    rows = status.study_status(folder)
+    shown, below, rows = table.look(folder)
     if as_json:
-        options.print_json([row.to_json() for row in rows])
+        options.print_json([table.to_json(row) for row in rows])
         return
-    table = [
-        {
-            "run": row.run_id,
-            "tags": _tags(row.tags),
-            "state": row.state,
-            "step": f"{row.step}/{row.total_steps}" if row.step is not None else "-",
-            "loss": f"{row.loss:.4f}" if row.loss is not None else "-",
-            "bits/byte": f"{row.bits_per_byte:.4f}" if row.bits_per_byte is not None else "-",
-            "tok/s": f"{row.tokens_per_s:,}" if row.tokens_per_s else "-",
-            "heartbeat": show.duration(row.heartbeat_s) if row.state in ("running", "killed") else "-",
-            "attempts": str(row.attempts),
-            "reason": row.reason or "",
-        }
-        for row in rows
-    ]
-    options.print_table(table, left=("run", "tags", "state", "reason"), styles=STYLES)
-    states = [row.state for row in rows]
-    print(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + f" of {len(rows)} runs")
+    options.print_table(shown, left=table.LEFT, styles=table.STYLES)
+    print("\n".join(below))
 
 
 def _compare(flags: FlagValues) -> int:
@@ -206,10 +244,12 @@ def _logs(flags: FlagValues, prefix: str) -> int:
 
 
 def _cancel(flags: FlagValues) -> int:
-    from slmjax.launchers import status
-
-    pids = status.cancel(_folder(flags))
-    print(f"asked to save and stop: pid {', '.join(map(str, pids))}" if pids else "nothing is running here")
+    try:
+        asked = backends.cancel(_folder(flags))
+    except BackendError as error:
+        print(f"slmjax study: {error}", file=sys.stderr)
+        return 1
+    print(f"asked to save and stop: {', '.join(asked)}" if asked else "nothing is running")
     return 0
 
 

@@ -1,9 +1,9 @@
 """What every launcher shares: packs of runs written down, so that a process on any machine can train one.
 
-    OUT/<study>/packs/<program_id>.json .log .lock
+    OUT/<study>/packs/<name>.json .log .lock
 
 The file is all that a pack's process needs (`slmjax pack FILE`): experiment files may change or go after the launch. No
-JAX is imported before `train_pack`.
+JAX is imported before `train_pack`. What can train packs is a backend, see `slmjax.launchers.backend`.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -18,22 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmjax import config, records, study
-from slmjax.study import Run, Study
+from slmjax.study import Run
 
 
 @dataclass(frozen=True)
 class Pack:
-    """Runs of one program, and where their study lives."""
+    """Runs of one program, under a name, and where their study lives."""
 
     folder: Path  # of the study
     runs: list[Run]
-
-    @property
-    def program_id(self) -> str:
-        return self.runs[0].program_id
+    name: str
 
     def path(self, suffix: str) -> Path:
-        return self.folder / "packs" / f"{self.program_id}.{suffix}"
+        return self.folder / "packs" / f"{self.name}.{suffix}"
 
     @property
     def unfinished(self) -> list[Run]:
@@ -45,14 +43,11 @@ class Pack:
         return sum(study.run_flops(run) for run in self.unfinished)
 
 
-def write_packs(plan: Study, out: Path) -> list[Pack]:
-    """Saves the study and its packs under OUT/<study>; the packs, largest work left first."""
-    folder = plan.save(out)
-    packs = [Pack(folder, runs) for runs in study.packs(plan.runs)]
-    (folder / "packs").mkdir(exist_ok=True)
+def write_packs(packs: list[Pack]) -> None:
+    """Writes each pack where `slmjax pack` will read it."""
     for pack in packs:
+        pack.path("json").parent.mkdir(exist_ok=True)
         records.write_json(pack.path("json"), {"runs": [_to_json(run) for run in pack.runs]})
-    return sorted(packs, key=lambda pack: -pack.flops)
 
 
 def read_pack(path: Path) -> Pack:
@@ -63,7 +58,7 @@ def read_pack(path: Path) -> Pack:
     """
     with open(path) as file:
         runs = [_from_json(entry) for entry in json.load(file)["runs"]]
-    return Pack(path.parent.parent, runs)
+    return Pack(path.parent.parent, runs, path.stem)
 
 
 def _to_json(run: Run) -> dict:
@@ -88,12 +83,16 @@ def _from_json(entry: dict) -> Run:
 
 
 def train_pack(pack: Pack) -> int:
-    """Trains a pack in this process and returns its exit code.
+    """Trains a pack in this process and returns its exit code; 1 at once when the study's budget is spent.
 
     Whatever ends the pack before its runs begin (a mesh that does not fit, no memory) becomes their reason as well.
     """
     from slmjax import train
+    from slmjax.launchers import budget
 
+    if pack.unfinished and (over := budget.exceeded(pack.folder)) is not None:
+        print(f"{pack.folder}: {over}", file=sys.stderr)
+        return 1
     try:
         return train.train_pack(pack.runs, pack.folder).exit_code
     except Exception as error:
@@ -133,12 +132,17 @@ def name_holder(fd: int, pid: int) -> None:
     os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": pid}).encode(), 0)
 
 
-def holder_of(path: Path) -> int | None:
-    """The process on this host that holds the lock; None when it is free, elsewhere, or too new to have said."""
+def is_held(path: Path) -> bool:
     if not path.exists():
-        return None
+        return False
     if (fd := take_lock(path)) is not None:
         os.close(fd)
+    return fd is None
+
+
+def holder_of(path: Path) -> int | None:
+    """The process on this host that holds the lock; None when it is free, elsewhere, or too new to have said."""
+    if not is_held(path):
         return None
     with contextlib.suppress(ValueError):
         said = json.loads(path.read_text())

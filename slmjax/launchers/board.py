@@ -5,6 +5,7 @@ Everything comes from the run folders, so processes of an earlier launch are sho
 
 import sys
 import time
+from pathlib import Path
 
 import rich.console
 import rich.live
@@ -23,9 +24,9 @@ LINE_INTERVAL_S = 15.0
 class Board:
     """Context manager; `update` may be called as often as one likes."""
 
-    def __init__(self, packs: list[Pack]):
-        self.cost = {run.run_id: study.run_flops(run) for pack in packs for run in pack.runs}
-        self.packs = packs
+    def __init__(self, folder: Path, runs: list[Run]):
+        self.folder, self.runs = folder, runs
+        self.cost = {run.run_id: study.run_flops(run) for run in runs}
         self.done: set[str] = set()
         self.failed: dict[str, float] = {}  # run_id → when
         self.console = rich.console.Console(stderr=True)
@@ -34,11 +35,11 @@ class Board:
 
     def __enter__(self):
         self.began = time.time()
-        unfinished = {run.run_id for pack in self.packs for run in pack.unfinished}
-        self.done = set(self.cost) - unfinished
+        self.done = {run.run_id for run in self.runs if self._is_done(run)}
         self.paid_before = self._paid()
         before = f", {len(self.done)} finished before" if self.done else ""
-        self.say(f"{self.packs[0].folder}: {len(self.cost)} runs in {len(self.packs)} programs{before}")
+        programs = len({run.program_id for run in self.runs})
+        self.say(f"{self.folder}: {len(self.cost)} runs in {programs} programs{before}")
         if self.live:
             self.live.start()
         return self
@@ -56,10 +57,9 @@ class Board:
         if running and now - self.looked_at < LOOK_INTERVAL_S:
             return
         self.looked_at = now
-        for pack in self.packs:
-            for run in pack.runs:
-                self._tell_end(pack, run)
-        lines = [line for pack in running for run in pack.unfinished if (line := self._line(pack, run))]
+        for run in self.runs:
+            self._tell_end(run)
+        lines = [line for pack in running for run in pack.unfinished if (line := self._line(run))]
         head = self._head(num_waiting)
         if self.live:
             grid = rich.table.Table.grid()
@@ -70,11 +70,11 @@ class Board:
             self.printed_at = now
             print("\n".join([head, *(f"  {line}" for line in lines)]), file=sys.stderr, flush=True)
 
-    def _tell_end(self, pack: Pack, run: Run) -> None:
+    def _tell_end(self, run: Run) -> None:
         if run.run_id in self.done:
             return
-        said = self._status(pack, run)
-        if said.get("state") == "done" and (pack.folder / run.run_id / "DONE").exists():
+        said = self._status(run)
+        if said.get("state") == "done" and self._is_done(run):
             self.done.add(run.run_id)
             self.say(f"done     {_name(run)}  loss {said['loss']:.4f}")
         elif said.get("state") in ("failed", "diverged"):
@@ -83,8 +83,8 @@ class Board:
                 self.say(f"{said['state']:8} {_name(run)}  {said['reason']}")
             self.failed[run.run_id] = said["time"]
 
-    def _line(self, pack: Pack, run: Run) -> str | None:
-        said = self._status(pack, run)
+    def _line(self, run: Run) -> str | None:
+        said = self._status(run)
         if said.get("state") != "running":
             return None
         loss = f"{said['loss']:.3f}" if said.get("loss") else "-"
@@ -95,24 +95,26 @@ class Board:
         elapsed = time.time() - self.began
         gained = paid - self.paid_before
         left = f", about {show.duration(elapsed * (total - paid) / gained)} left" if gained > 0.02 * total else ""
-        waiting = f", {num_waiting} programs to start" if num_waiting else ""
+        waiting = f", {num_waiting} packs to start" if num_waiting else ""
         head = f"{len(self.done)}/{len(self.cost)} runs, {paid / total:.0%} of the compute"
         return f"{head}, {show.duration(elapsed)}{left}{waiting}"
 
     def _paid(self) -> float:
         """FLOPs spent on what is done and on what runs."""
         paid = 0.0
-        for pack in self.packs:
-            for run in pack.runs:
-                if run.run_id in self.done:
-                    paid += self.cost[run.run_id]
-                elif said := self._status(pack, run):
-                    span = max(1, run.config.train.steps - run.first_step)
-                    paid += self.cost[run.run_id] * max(0, said.get("step", 0) - run.first_step) / span
+        for run in self.runs:
+            if run.run_id in self.done:
+                paid += self.cost[run.run_id]
+            elif said := self._status(run):
+                span = max(1, run.config.train.steps - run.first_step)
+                paid += self.cost[run.run_id] * max(0, said.get("step", 0) - run.first_step) / span
         return paid
 
-    def _status(self, pack: Pack, run: Run) -> dict:
-        return records.read_json(pack.folder / run.run_id / "status.json") or {}
+    def _is_done(self, run: Run) -> bool:
+        return (self.folder / run.run_id / "DONE").exists()
+
+    def _status(self, run: Run) -> dict:
+        return records.read_json(self.folder / run.run_id / "status.json") or {}
 
 
 def _name(run: Run) -> str:

@@ -1,184 +1,126 @@
-"""Runs a study on this machine: one process per pack, `jobs` of them at a time, each on its share of the cores.
+"""Trains packs on this machine: one process each, on its share of the cores and of the GPUs.
 
-The truth is in the run folders, so the launcher keeps nothing: kill it, start it again, and it goes on. A process holds
-its pack's lock for as long as it lives, also when its launcher is gone; the next launcher then waits for it.
+A process holds its pack's lock for as long as it lives, also when its launcher is gone: that is how the next launcher
+finds it, and how nothing is started twice.
 """
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from slmjax import environment, launchers, records
+from slmjax import environment, launchers, study
 from slmjax.launchers import Pack
-from slmjax.launchers.board import Board
-from slmjax.study import Run, Study
-
-TICK_S = 0.2
-MAX_LAUNCHES = 3  # of a pack whose process is killed from outside: for lack of memory, most often
+from slmjax.launchers.backend import BackendError, Seen
+from slmjax.study import Study
 
 
-@dataclass
+@dataclass(frozen=True)
 class Place:
-    """A share of the cores, and the pack that has it. process is None for one that an earlier launcher started."""
+    """A share of the machine. gpus: their names for CUDA_VISIBLE_DEVICES; None on a machine without."""
 
     cores: list[int]
-    pack: Pack | None = None
-    process: subprocess.Popen | None = None
+    gpus: list[str] | None = None
 
     @property
-    def pid(self) -> int | None:
-        return self.process.pid if self.process else launchers.holder_of(self.pack.path("lock"))
+    def variables(self) -> dict[str, str]:
+        chosen = {} if self.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
+        return environment.variables(len(self.cores)) | chosen
 
 
-def run(plan: Study, out: Path, jobs: int = 1) -> int:
-    """Trains what the study has left to train; the exit code: 0 all done, 1 some failed, 3 stopped, 4 some diverged.
+class Local:
+    """Backend of `jobs` places, see `slmjax.launchers.backend`."""
+
+    name, attached, queues_after, poll_s = "local", True, False, 0.2
+
+    def __init__(self, folder: Path, jobs: int = 1):
+        self.folder = folder
+        self.free = make_places(environment.cores(), environment.gpus(), jobs)
+        self.places = len(self.free)
+        self.children: dict[str, tuple[Place, subprocess.Popen]] = {}
+
+    def packs(self, plan: Study, folder: Path, busy: set[str]) -> list[Pack]:
+        """One for each program, of all its runs, finished or not: how many train side by side decides last bits."""
+        packs = [Pack(folder, runs, runs[0].program_id) for runs in study.packs(plan.runs)]
+        return sorted(packs, key=lambda pack: -pack.flops)
+
+    def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
+        for pack in packs:
+            lock = launchers.take_lock(pack.path("lock"))
+            if lock is None:
+                raise BackendError(f"pack {pack.name} is being trained by another process")
+            place = self.free.pop(0)
+            command = _command(pack, place)
+            # Its own session, so that Ctrl-C reaches it once, through us; its own log, outliving our terminal.
+            with open(pack.path("log"), "a") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(lock,),
+                    start_new_session=True,
+                    env=os.environ | place.variables,
+                )
+            launchers.name_holder(lock, process.pid)
+            os.close(lock)  # the child's copy holds it now
+            self.children[pack.name] = place, process
+
+    def preview(self, packs: list[Pack], after: Mapping[str, set[str]]) -> list[str]:
+        places = [self.free[i % len(self.free)] for i in range(len(packs))]
+        return [shlex.join(_command(pack, place)) for pack, place in zip(packs, places, strict=True)]
+
+    def poll(self) -> dict[str, Seen]:
+        for name, (place, process) in list(self.children.items()):
+            if process.poll() is not None:
+                del self.children[name]
+                self.free.append(place)
+        seen = {}
+        for path in self.folder.glob("packs/*.lock"):
+            if path.stem != "launcher" and launchers.is_held(path):
+                seen[path.stem] = Seen("running", f"pid {launchers.holder_of(path)}")
+        return seen
+
+    def logs(self, name: str) -> list[str] | None:
+        return ["tail", "-n", "+1", "-F", str(self.folder / "packs" / f"{name}.log")]
+
+    def cancel(self, names: Iterable[str]) -> list[str]:
+        asked = []
+        for name in names:
+            pid = launchers.holder_of(self.folder / "packs" / f"{name}.lock")
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.kill(pid, signal.SIGTERM)
+                asked.append(f"pid {pid}")
+        return asked
+
+
+def _command(pack: Pack, place: Place) -> list[str]:
+    cores = ",".join(map(str, place.cores))
+    return [sys.executable, "-m", "slmjax", "pack", str(pack.path("json")), f"--cores={cores}"]
+
+
+def make_places(cores: list[int], gpus: list[str], jobs: int) -> list[Place]:
+    """The machine in `jobs` shares: cores, and GPUs where there are some.
 
     Raises:
-      ValueError: another launcher runs this study.
+      ValueError: fewer GPUs than jobs; two processes on one GPU would each want all its memory.
     """
-    packs = launchers.write_packs(plan, out)
-    with launchers.held(packs[0].folder / "packs" / "launcher.lock") as mine:
-        if not mine:
-            pid = launchers.holder_of(packs[0].folder / "packs" / "launcher.lock")
-            raise ValueError(f"{packs[0].folder} is being run by another launcher, pid {pid}; see slmjax study status")
-        return _Launcher(packs, shares(environment.cores(), jobs)).run()
+    if gpus and jobs > len(gpus):
+        raise ValueError(f"jobs={jobs} is more than the {len(gpus)} GPUs of this machine")
+    of_gpus = shares(gpus, jobs) if gpus else [None] * jobs
+    return [Place(*share) for share in zip(shares(cores, jobs), of_gpus, strict=True)]
 
 
-def shares(cores: list[int], jobs: int) -> list[list[int]]:
-    """The cores of each of `jobs` places; with more places than cores, some share one."""
+def shares(things: list, jobs: int) -> list[list]:
+    """What each of `jobs` places has of the cores or GPUs; with more places than things, some share one."""
     if jobs < 1:
         raise ValueError(f"jobs={jobs} must be >= 1")
-    if jobs >= len(cores):
-        return [[cores[i % len(cores)]] for i in range(jobs)]
-    bounds = [round(i * len(cores) / jobs) for i in range(jobs + 1)]
-    return [cores[bounds[i] : bounds[i + 1]] for i in range(jobs)]
-
-
-class _Launcher:
-    def __init__(self, packs: list[Pack], cores: list[list[int]]):
-        self.packs = packs
-        self.waiting = [pack for pack in packs if pack.unfinished]
-        self.places = [Place(share) for share in cores]
-        self.launches: dict[str, int] = {}
-        self.signals = 0
-        self.board = Board(packs)
-
-    def run(self) -> int:
-        with self.catching_signals(), self.board:
-            while self.busy() or (self.waiting and not self.signals):
-                for place in self.places:
-                    self.tend(place)
-                self.board.update([place.pack for place in self.busy()], len(self.waiting))
-                time.sleep(TICK_S)
-            self.board.update([], 0)
-        return self.exit_code()
-
-    def busy(self) -> list[Place]:
-        return [place for place in self.places if place.pack]
-
-    def tend(self, place: Place) -> None:
-        """Sees whether the place's pack has ended, and gives it the next one."""
-        if place.pack and self.has_ended(place):
-            self.ended(place)
-        if place.pack is None and self.waiting and not self.signals:
-            ready = [pack for pack in self.waiting if not self.must_wait(pack)]
-            if ready or not self.busy():
-                pack = (ready or self.waiting)[0]
-                self.waiting.remove(pack)
-                self.start(place, pack)
-
-    def must_wait(self, pack: Pack) -> bool:
-        """Whether another pack has still to reach a checkpoint that runs of this one begin from."""
-        others = [other for other in (*self.waiting, *(place.pack for place in self.busy())) if other is not pack]
-        coming = {run.run_id for other in others for run in other.unfinished}
-        return any(run.parent in coming and not _saved(pack.folder, run) for run in pack.unfinished)
-
-    def start(self, place: Place, pack: Pack) -> None:
-        """Starts the pack's process; or takes on the one that an earlier launcher left behind."""
-        place.pack, place.process = pack, None
-        lock = launchers.take_lock(pack.path("lock"))
-        if lock is None:
-            self.board.say(f"pack {pack.program_id} is still running from an earlier launch: waiting for it")
-            return
-        self.launches[pack.program_id] = self.launches.get(pack.program_id, 0) + 1
-        command = [sys.executable, "-m", "slmjax", "pack", str(pack.path("json"))]
-        command += [f"--cores={','.join(map(str, place.cores))}"]
-        # Its own session, so that Ctrl-C reaches it once, through us; its own log, so that it outlives our terminal.
-        with open(pack.path("log"), "a") as log:
-            place.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(lock,),
-                start_new_session=True,
-                env=os.environ | environment.variables(len(place.cores)),
-            )
-        launchers.name_holder(lock, place.process.pid)
-        os.close(lock)  # the child's copy holds it now
-
-    def has_ended(self, place: Place) -> bool:
-        if place.process:
-            return place.process.poll() is not None
-        lock = launchers.take_lock(place.pack.path("lock"))
-        if lock is not None:
-            os.close(lock)
-        return lock is not None
-
-    def ended(self, place: Place) -> None:
-        """Frees the place. A pack goes back in line when its process was killed, or was not ours and left work."""
-        pack, process = place.pack, place.process
-        place.pack = place.process = None
-        if self.signals or not pack.unfinished:
-            return
-        if process is None:
-            self.waiting.insert(0, pack)
-        elif process.returncode < 0 and process.returncode != -signal.SIGTERM:
-            name, count = signal.Signals(-process.returncode).name, self.launches[pack.program_id]
-            again = count < MAX_LAUNCHES
-            verdict = "starting it again" if again else f"giving it up after {count} launches"
-            self.board.say(f"pack {pack.program_id} was ended by {name}: {verdict}; its log: {pack.path('log')}")
-            if again:
-                self.waiting.insert(0, pack)
-        elif process.returncode not in (0, 1, 3, 4):
-            self.board.say(f"pack {pack.program_id} failed; its log: {pack.path('log')}")
-
-    @contextlib.contextmanager
-    def catching_signals(self):
-        """Passes SIGINT and SIGTERM on to the packs, which save and stop; again on a second one, which ends them."""
-
-        def stop(number, frame):
-            self.signals += 1
-            for place in self.busy():
-                with contextlib.suppress(ProcessLookupError, TypeError):
-                    os.kill(place.pid, signal.SIGTERM)
-            how = "saving and stopping; again to stop at once" if self.signals == 1 else "stopping at once"
-            self.board.say(f"{signal.Signals(number).name}: {how}")
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def exit_code(self) -> int:
-        """From the run folders: what is not done is either stopped, failed or diverged."""
-        states = set()
-        for pack in self.packs:
-            for run in pack.unfinished:
-                said = records.read_json(pack.folder / run.run_id / "status.json") or {"state": "queued"}
-                states.add(said["state"])
-        if self.signals or "preempted" in states:
-            return 3 if states else 0
-        return 4 if states == {"diverged"} else 1 if states else 0
-
-
-def _saved(folder: Path, run: Run) -> bool:
-    """Whether the checkpoint is there that this run begins from; `slmjax.checkpoint` publishes it by a rename."""
-    return (folder / run.parent / "checkpoints" / f"step-{run.branch_step:08d}").exists()
+    if jobs >= len(things):
+        return [[things[i % len(things)]] for i in range(jobs)]
+    bounds = [round(i * len(things) / jobs) for i in range(jobs + 1)]
+    return [things[bounds[i] : bounds[i + 1]] for i in range(jobs)]

@@ -1,14 +1,13 @@
-"""The state of a study, from its folders alone: what tables, the local launcher and `cancel` go by."""
+"""The state of a study, from its folders alone: what tables, launchers and `cancel` go by."""
 
-import os
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slmjax import launchers, lease, records
+from slmjax import lease, records
 from slmjax.config import ConfigError
+from slmjax.launchers import budget
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,8 @@ class RunStatus:
     tokens_per_s: int | None
     heartbeat_s: float | None  # age of the last sign of life
     attempts: int
+    eta_s: float | None  # what is left to do at the present speed, of one that runs
+    device_hours: float
     pid: int | None
     reason: str | None
 
@@ -60,9 +61,18 @@ def _of_run(entry: dict, run_dir: Path, run: records.RunRecords | None) -> RunSt
         tokens_per_s=said.get("tokens_per_s"),
         heartbeat_s=max(0.0, time.time() - said["time"]) if "time" in said else None,
         attempts=run.num_attempts if run else 0,
+        eta_s=_eta_s(run, said) if state == "running" else None,
+        device_hours=budget.run_device_hours(run_dir) if run else 0.0,
         pid=said.get("pid") if state == "running" else None,
         reason=said.get("reason") or (_died(run_dir) if state == "killed" else None),
     )
+
+
+def _eta_s(run: records.RunRecords, said: dict) -> float | None:
+    speed = said.get("tokens_per_s")
+    if not speed or run.start is None:
+        return None
+    return max(0, said["total_steps"] - said["step"]) * run.start["tokens_per_step"] / speed
 
 
 def writer_alive(run_dir: Path) -> bool:
@@ -95,21 +105,7 @@ def find_run(folder: Path, prefix: str) -> RunStatus:
     return found[0]
 
 
-def cancel(folder: Path) -> list[int]:
-    """Asks every process on this machine that trains here to save and stop; their pids.
-
-    A launcher passes the signal on to its own processes, which therefore get none from here: a second signal would end
-    them without saving.
-    """
-    driver = launchers.holder_of(folder / "packs" / "launcher.lock")
-    packs = {launchers.holder_of(path) for path in folder.glob("packs/*.lock")} - {None, driver}
-    runs = {row.pid for row in study_status(folder) if row.state == "running" and _is_here(folder / row.run_id)}
-    chosen = ((runs - packs) | {driver}) if driver else (runs | packs)
-    for pid in sorted(chosen):
-        os.kill(pid, signal.SIGTERM)
-    return sorted(chosen)
-
-
-def _is_here(run_dir: Path) -> bool:
+def is_here(run_dir: Path) -> bool:
+    """Whether the run's lease was taken by a process of this machine."""
     holder = records.read_json(run_dir / lease.LEASE)
     return holder is not None and holder["place"] == lease._place()
