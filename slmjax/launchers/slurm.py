@@ -62,7 +62,8 @@ class Slurm:
     def preview(self, packs: list[Pack], after: Mapping[str, set[str]]) -> list[str]:
         self._check_script()
         planned = self._planned(packs, after, most=None)
-        return [shlex.join(self._command(submission, nodes, [])) for submission, nodes, _ in planned]
+        commands = [shlex.join(self._command(submission, nodes, [])) for submission, nodes, _ in planned]
+        return [*commands, f"# {self.script}:", self.script.read_text().rstrip()]
 
     def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
         self._check_script()
@@ -145,7 +146,7 @@ class Slurm:
             return {}
         said = _ask(["squeue", "--array", "--noheader", f"--name={','.join(known)}", f"--format={SQUEUE_FORMAT}"])
         found = {}
-        for line in said.splitlines():
+        for line in filter(str.strip, said.splitlines()):
             name, job, task, state, reason, nodes = line.strip().split("|")
             if name in known and task.isdigit():
                 pack = known[name].packs[int(task)]
