@@ -1,5 +1,6 @@
 """A real Slurm of two nodes on this machine, on the loopback address only: for tests, and to try launchers by hand.
 
+    python tests/slurm_cluster.py check           exits with 1 where it cannot be started, and says what is missing
     python tests/slurm_cluster.py start FOLDER    prints the SLURM_CONF to export
     python tests/slurm_cluster.py stop FOLDER
 
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
+INSTALL = "apt-get install --no-install-recommends slurm-wlm slurm-client munge"
 CONTROLLER_PORT, NODE_PORTS = 16817, {"n1": 17001, "n2": 17002}
 CPUS_PER_NODE = 2
 
@@ -123,12 +125,16 @@ def wait_for(condition, limit_s: float = 60.0) -> None:
         time.sleep(0.2)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["start"] and len(sys.argv) == 3:
-        if lacking := missing():
-            sys.exit(f"missing: {', '.join(lacking)}")
-        print(f"export SLURM_CONF={start(Path(sys.argv[2]))}")
-    elif sys.argv[1:2] == ["stop"] and len(sys.argv) == 3:
-        stop(Path(sys.argv[2]).absolute())
-    else:
+def main(action: str = "", folder: str = "") -> None:
+    if action not in ("check", "start", "stop") or bool(folder) != (action != "check"):
         sys.exit(__doc__)
+    if action != "stop" and (lacking := missing()):
+        sys.exit(f"missing: {', '.join(lacking)}; on Debian: {INSTALL}")
+    if action == "start":
+        print(f"export SLURM_CONF={start(Path(folder))}")
+    elif action == "stop":
+        stop(Path(folder).absolute())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -248,7 +248,7 @@ def test_a_mesh_of_more_devices_gets_more_nodes(study_file, tmp_path, stand_in, 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     if lacking := slurm_cluster.missing():
-        pytest.skip(f"missing: {', '.join(lacking)}; Debian: slurm-wlm slurm-client munge")
+        pytest.skip(f"missing: {', '.join(lacking)}; Debian: {slurm_cluster.INSTALL}")
     folder = tmp_path_factory.mktemp("slurm")
     conf = slurm_cluster.start(folder)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmjax.launchers import Pack, submissions
-from slmjax.launchers.backend import BackendError, Seen, chain_packs
+from slmjax.launchers.backend import BackendError, Seen, chain_packs, show_file
 from slmjax.launchers.submissions import Submission
 from slmjax.study import Study
 
@@ -81,11 +81,9 @@ class Slurm:
             seen[name] = Seen(state, f"{task.job} {task.nodes}".strip(), note)
         return seen
 
-    def logs(self, name: str) -> list[str] | None:
-        for submission in reversed(submissions.unfinished(self.folder, self.name)):
-            if name in submission.packs:
-                return ["tail", "-n", "+1", "-F", str(self._output(submission, str(submission.packs.index(name))))]
-        return None
+    def logs(self, name: str, follow: bool) -> list[str] | None:
+        submission = submissions.newest(self.folder, self.name, name)
+        return submission and show_file(self._output(submission, str(submission.packs.index(name))), follow)
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         queue = self._queue()
