@@ -1,6 +1,7 @@
-"""slmjax pack FILE [--cores=0,1,...]
+"""slmjax pack FILE [--cores=0,1,...] [--distributed]
 
-Trains the runs of a pack file, as launchers write them, in this process.
+Trains the runs of a pack file, as launchers write them, in this process; with --distributed, in all that the same
+command was started in.
 """
 
 from pathlib import Path
@@ -9,11 +10,13 @@ from absl import flags as absl_flags
 from absl.flags import FlagValues
 
 from slmjax import environment, launchers
+from slmjax.cli import options
 from slmjax.config import ConfigError
 
 
 def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_list("cores", None, "cores to stay on; all when not given", flag_values=flag_values)
+    options.define_distributed(flag_values)
 
 
 def run(flags: FlagValues, args: list[str]) -> int:
@@ -22,4 +25,6 @@ def run(flags: FlagValues, args: list[str]) -> int:
     if flags.cores:
         environment.pin([int(core) for core in flags.cores])
     environment.prepare()
-    return launchers.train_pack(launchers.read_pack(Path(args[0])))
+    pack = launchers.read_pack(Path(args[0]))
+    with options.joined(flags):
+        return launchers.train_pack(pack)

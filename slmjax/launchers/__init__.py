@@ -92,12 +92,12 @@ def train_pack(pack: Pack) -> int:
 
     Whatever ends the pack before its runs begin (a mesh that does not fit, no memory) becomes their reason as well.
     """
-    from slmjax import train
+    from slmjax import processes, train
 
     try:
         return train.train_pack(pack.runs, pack.folder).exit_code
     except Exception as error:
-        for run in pack.unfinished:
+        for run in pack.unfinished if processes.first() else ():
             _blame(pack.folder / run.run_id, run, error)
         raise
 
