@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from slmjax import config, records, study
+from slmjax import config, lease, records, study
 from slmjax.study import Run, Study
 
 
@@ -88,12 +88,13 @@ def _from_json(entry: dict) -> Run:
 
 
 def train_pack(pack: Pack) -> int:
-    """Trains a pack in this process and returns its exit code.
+    """Trains a pack in this process and returns its exit code, once no killed process elsewhere holds a run of it.
 
     Whatever ends the pack before its runs begin (a mesh that does not fit, no memory) becomes their reason as well.
     """
     from slmjax import processes, train
 
+    processes.of_first(lambda: lease.wait_for([pack.folder / run.run_id for run in pack.unfinished]))
     try:
         return train.train_pack(pack.runs, pack.folder).exit_code
     except Exception as error:
