@@ -63,6 +63,7 @@ def joined(wanted: bool = True) -> Iterator[None]:
     _initialize(os.environ)
     try:
         _check_devices()
+        _connect()
         yield
     except ConfigError:
         jax.distributed.shutdown()
@@ -108,6 +109,14 @@ def _check_devices() -> None:
             f"the processes have {', '.join(map(str, counts))} devices; give each the same number "
             "(on CPU JAX_NUM_CPU_DEVICES sets it)"
         )
+
+
+def _connect() -> None:
+    """Collectives open connections at their first use, and gloo waits 30 seconds for the others to come: time enough
+    now, when all of them have just met, and too little once they have a program to compile."""
+    gather(None)
+    ballot = Ballot()
+    ballot.count(ballot.cast(Vote(stop=False, save=False, failed=False)))
 
 
 # --- between dispatches: exchanges that every process waits for ------------------------------------------------------
