@@ -252,6 +252,8 @@ def _process_start(pid):
         except (FileNotFoundError, ProcessLookupError):
             return None
         state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-        return None if state in "ZX" else fields[18]  # starttime, in clock ticks since boot
+        # A zombie among whose threads some are still ending has its files open: it may write once more.
+        gone = state in "ZX" and int(fields[16]) <= 1  # num_threads
+        return None if gone else fields[18]  # starttime, in clock ticks since boot
     found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
     return found.stdout.strip() or None

@@ -203,7 +203,7 @@ def test_unreadable_lease_is_refused(tmp_path):
 RACE = """
     import fcntl, os, random, signal, sys, time
     from slmjax.lease import LeaseError, RunLease, wait_for
-    run_dir, deadline = sys.argv[1], time.monotonic() + 3
+    run_dir, deadline = sys.argv[1], time.monotonic() + 5
 
     def work(seed):
         rng = random.Random(seed)
