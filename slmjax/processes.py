@@ -96,8 +96,8 @@ def _initialize(environ: Mapping[str, str]) -> None:
 
 
 def _local_device_ids(environ: Mapping[str, str]) -> list[int] | None:
-    """[]: every device of the node, where it has one process. JAX on Slurm would take one device for a process."""
-    tasks_of_nodes = environ.get("SLURM_STEP_TASKS_PER_NODE", "1")  # as in 1(x4), or 2(x3),1
+    """[], which is all of them, where Slurm has started one process on each node: JAX would take one device alone."""
+    tasks_of_nodes = environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # as 1(x4), or 2(x3),1
     one_each = all(tasks.split("(")[0] == "1" for tasks in tasks_of_nodes.split(","))
     return [] if one_each and "JAX_LOCAL_DEVICE_IDS" not in environ else None
 

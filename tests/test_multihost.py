@@ -231,7 +231,8 @@ def test_nothing_to_find_rank_and_size_from(tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_takes_the_whole_node_where_it_is_alone_on_it():
-    whole = processes._local_device_ids
-    assert whole({}) == whole({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) == []
-    assert whole({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) is whole({"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}) is None
-    assert whole({"JAX_LOCAL_DEVICE_IDS": "0,1"}) is None
+    devices = processes._local_device_ids
+    assert devices({"SLURM_STEP_TASKS_PER_NODE": "1(x4)"}) == []
+    assert devices({}) is devices({"SLURM_STEP_TASKS_PER_NODE": "8(x2)"}) is None
+    assert devices({"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}) is None
+    assert devices({"SLURM_STEP_TASKS_PER_NODE": "1", "JAX_LOCAL_DEVICE_IDS": "0,1"}) is None
