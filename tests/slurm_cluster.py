@@ -76,6 +76,9 @@ def write_conf(folder: Path, max_array_size: int) -> Path:
 def start(folder: Path, max_array_size: int = 1001) -> Path:
     """Starts the daemons and returns the configuration that clients need as SLURM_CONF, with both nodes idle."""
     folder = folder.absolute()
+    for port in (CONTROLLER_PORT, *NODE_PORTS.values()):
+        with socket.socket() as free:
+            assert free.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is in use, by another emulated cluster?"
     for name in ("state", *(f"spool/{node}" for node in NODE_PORTS)):
         (folder / name).mkdir(parents=True, exist_ok=True)
     key = folder / "key"
