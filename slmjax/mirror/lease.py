@@ -45,7 +45,7 @@ class StoreLease:
             holder = read(self.path)
             if holder != seen:
                 seen, seen_at = holder, time.monotonic()
-            # A clock that is ahead of ours would make a dead holder look fresh: also one that has not moved for a ttl is.
+            # A dead holder whose clock was ahead of ours looks fresh: what has not moved for a ttl is dead as well.
             if holder is None or not alive(holder) or time.monotonic() - seen_at > holder["ttl_s"]:
                 self._write()
                 time.sleep(self.settle_s)

@@ -163,6 +163,6 @@ def _short(error: Exception | None) -> str:
 
 
 def publish(folder: Path, remote: paths.Path) -> None:
-    """Puts a study and its packs, which `launchers.write_packs` left in `folder`, where `slmjax pack URL` reads them."""
+    """Puts a study and its packs, which `launchers.write_packs` left in `folder`, where `slmjax pack` reads them."""
     for path in [*sorted((folder / "packs").glob("*.json")), folder / "study.json"]:
         paths.write_bytes(remote / path.relative_to(folder), path.read_bytes())
