@@ -127,9 +127,10 @@ class _Writer(io.BytesIO):
 
     def close(self):
         if not self.closed:
+            content = self.getvalue()
+            super().close()  # first: what fails is not written by the garbage collector either
             self.bucket.request("write", self.name)
-            self.bucket.change(self.name, self.getvalue())
-        super().close()
+            self.bucket.change(self.name, content)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ class RunPush:
         for name in self.changed():
             alive()
             signature, content = self._read(name)
-            if content is not None:
+            if content:
                 paths.write_bytes(self.there / name, content)
                 self._sent[name] = signature
         self.steps.push(alive)

@@ -1,7 +1,7 @@
 """The checkpoints of one run in the store: which are whole, sending one, bringing one, dropping those that are over.
 
 A step counts when its digests.json is there, which is written after its other files and deleted before them. Whatever
-else has a step's name is what a kill left, and is removed before anything new is sent.
+else has a step's name is what a kill left, and is removed after what is new was sent, unless that completes it.
 """
 
 import contextlib
@@ -49,7 +49,6 @@ class StoreSteps:
         Of steps that will be dropped again, only the newest is sent; and the newest of the store stays, so that there
         is always one. alive: called between files; it raises to stop.
         """
-        self._clear()
         for step in self.missing():
             self._send(step, alive)
         local = self.local()
@@ -77,6 +76,7 @@ class StoreSteps:
             except FileNotFoundError:
                 return  # collected since; a newer one is there
             said = self._digests(source)
+            self.rubbish.add(target.name)  # until all of it is there
 
             def send(name: str) -> None:
                 alive()
@@ -85,6 +85,7 @@ class StoreSteps:
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(send, said["files"]))
             send("digests.json")
+        self.rubbish.discard(target.name)
         self.whole[step] = said["pinned"]
 
     def _clear(self) -> None:
