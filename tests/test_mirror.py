@@ -22,6 +22,7 @@ from slmjax.progress import Progress
 
 URL = "gs://b/root/s"
 FEATURES = {"log.checkpoint_every": 4, "log.eval_every": 8, "optim.ema_decay": 0.9}
+LEASES = f"/{lease.FOLDER}/"
 NEVER = 1e6  # seconds between pushes of the thread: these tests push themselves
 
 
@@ -69,7 +70,7 @@ def train_mirrored(folder: Path, *chosen, **settings):
 
 def dead(objects: dict[str, bytes]) -> dict[str, bytes]:
     """What a killed process leaves, its lease run out."""
-    return {name: content for name, content in objects.items() if not name.endswith(lease.SUFFIX)}
+    return {name: content for name, content in objects.items() if LEASES not in name}
 
 
 def put(bucket, objects: dict[str, bytes]) -> None:  # noqa: F811
@@ -147,13 +148,13 @@ def test_any_one_request_that_fails_costs_nothing(run, straight, bucket, tmp_pat
         put(bucket, {})
         bucket.fails = fails
         folder.mkdir()
-        with mirror_of(folder, run, final_s=60.0) as mirror:
+        with mirror_of(folder, run, final_s=60.0, ttl_s=600.0) as mirror:
             replay(folder, snapshots, mirror)
         shutil.rmtree(folder)
         return len(bucket.requests), dict(bucket.objects)
 
     number, whole = trained(lambda *_: False)
-    assert any(name.endswith("DONE") for name in whole) and not any(name.endswith(lease.SUFFIX) for name in whole)
+    assert any(name.endswith("DONE") for name in whole) and not any(LEASES in name for name in whole)
     assert number > 50
     for failing in range(1, number):  # the last one deletes the lease: if that fails, it runs out
         _, found = trained(lambda n, *_, failing=failing: n == failing)
@@ -303,12 +304,10 @@ def test_what_went_another_way_is_set_aside(run, straight, bucket, tmp_path):  #
 
 def hold(bucket, run, **changes) -> str:  # noqa: F811
     """Somebody else's lease; the name of its object."""
-    held = lease.StoreLease(paths.as_path(f"{URL}/packs/{run.program_id}{lease.SUFFIX}"), [run.run_id], ttl_s=0.5)
-    held._write()
-    name = f"b/root/s/packs/{run.program_id}{lease.SUFFIX}"
-    said = json.loads(bucket.objects[name]) | {"place": "elsewhere", "host": "other"} | changes
-    bucket.objects[name] = json.dumps(said).encode()
-    return name
+    said = {"token": "rival", "trains": True, "host": "other", "pid": 7, "place": "elsewhere", "process_start": "1"}
+    said |= {"since": time.time(), "heartbeat": time.time(), "ttl_s": 0.5, "run_ids": [run.run_id]}
+    bucket.change("b/root/s/leases/rival.json", json.dumps(said | changes).encode())
+    return "b/root/s/leases/rival.json"
 
 
 @pytest.mark.parametrize("ahead_s", [0.0, 3600.0], ids=["clocks-agree", "its-clock-is-ahead"])
@@ -320,7 +319,7 @@ def test_a_pack_that_another_process_trains_is_waited_for(run, bucket, tmp_path,
     assert 0.4 < waited < 5.0
     heard = capsys.readouterr().err
     assert heard.count("is held by pid") == 1 and "on other" in heard
-    assert not any(name.endswith(lease.SUFFIX) for name in bucket.objects)
+    assert not any(LEASES in name for name in bucket.objects)
 
 
 def test_a_process_that_was_killed_here_is_not_waited_for(run, bucket, tmp_path, capsys):  # noqa: F811
@@ -329,17 +328,50 @@ def test_a_process_that_was_killed_here_is_not_waited_for(run, bucket, tmp_path,
         assert "is held" not in capsys.readouterr().err
 
 
-def test_of_two_that_take_it_at_once_one_stands_back(run, bucket, tmp_path, capsys):  # noqa: F811
-    def overwrites(number, what, name):
-        """The other's write lands after ours and before we look again."""
-        if what == "read" and name.endswith(lease.SUFFIX) and name in bucket.objects and not rivals:
-            rivals.append(hold(bucket, run))
+@pytest.mark.parametrize("older", [True, False], ids=["the-other-is-older", "ours-is-older"])
+def test_of_two_that_ask_at_once_one_stands_back(run, bucket, tmp_path, capsys, older):  # noqa: F811
+    """The other's ticket lands between our first look and our own ticket; it takes it back when it sees an older."""
+
+    def asks_too(number, what, name):
+        if what == "write" and LEASES in name and not rivals:
+            rivals.append(hold(bucket, run, trains=False, since=time.time() + (-10 if older else 10)))
+        elif not older and what == "list" and rivals == ["b/root/s/leases/rival.json"] and len(looks) > 3:
+            rivals.append(bucket.change(rivals[0], None))
+        looks.extend([name] * bool(rivals))
         return False
 
-    rivals = []
-    bucket.fails = overwrites
+    rivals, looks = [], []
+    bucket.fails = asks_too
+    with mirror_of(tmp_path / "s", run, ttl_s=10.0):
+        assert rivals and ("is held by pid 7 on other" in capsys.readouterr().err) == older
+        assert [name for name in bucket.objects if LEASES in name] != []
+
+
+def test_packs_without_a_run_in_common_do_not_wait(run, bucket, tmp_path, capsys):  # noqa: F811
+    hold(bucket, make_run({"train.seed": 8}), ttl_s=3600)
     with mirror_of(tmp_path / "s", run):
-        assert rivals and "is held by pid" in capsys.readouterr().err
+        assert "is held" not in capsys.readouterr().err
+    assert "b/root/s/leases/rival.json" in bucket.objects
+
+
+def test_a_holder_that_was_silent_and_replaced_stops(run, bucket, tmp_path):  # noqa: F811
+    """As a process that was suspended: the other has seen its lease run out, and taken the run."""
+    held = lease.StoreLease(paths.as_path(URL), [run.run_id], ttl_s=0.2)
+    held.take()
+    held.beat()
+    time.sleep(0.25)
+    replaced = json.loads(bucket.objects[f"b/root/s/leases/{held.token}.json"]) | {"place": "elsewhere"}
+    bucket.change(f"b/root/s/leases/{held.token}.json", json.dumps(replaced).encode())
+    other = lease.StoreLease(paths.as_path(URL), [run.run_id], ttl_s=60.0)
+    other.take()
+    assert f"b/root/s/leases/{held.token}.json" not in bucket.objects
+    with pytest.raises(lease.LeaseLost, match="has taken over"):
+        held.beat()
+    held._write(trains=True)  # had its write been under way
+    time.sleep(0.25)
+    with pytest.raises(lease.LeaseLost, match=r"was silent for .* has taken over"):
+        held.beat()
+    other.beat()
 
 
 def test_a_lost_lease_ends_the_training_and_nothing_more_is_sent(run, bucket, tmp_path):  # noqa: F811
@@ -347,8 +379,9 @@ def test_a_lost_lease_ends_the_training_and_nothing_more_is_sent(run, bucket, tm
     folder, asked = tmp_path / "s", []
 
     def loses(number, what, name):
-        if not asked and (what, name) == ("read", name_of_lease) and records.attempt_files(folder / run.run_id):
+        if not asked and what == "read" and LEASES in name and records.attempt_files(folder / run.run_id):
             asked.append(hold(bucket, run))
+            bucket.change(name, None)
             asked.append(len(bucket.history))
         return False
 
@@ -356,10 +389,10 @@ def test_a_lost_lease_ends_the_training_and_nothing_more_is_sent(run, bucket, tm
         asked.append("stop")
         return True
 
-    name_of_lease, bucket.fails = f"b/root/s/packs/{run.program_id}{lease.SUFFIX}", loses
-    said = r"is held by pid .* on other.* Not sent, and only in .*s: "
+    bucket.fails = loses
+    said = r"is gone: pid 7 on other.* has taken over. Not sent, and only in .*s: "
     with pytest.raises(MirrorError, match=said) as failure, mirror_of(folder, run, every_s=0.01, stop=stop):
         runs.train_here(folder, run, progress=runs.Paced(0.2))
     assert "\n" not in str(failure.value) and asked[2:] == ["stop"]
     assert len(bucket.history) == asked[1], "something was sent after the lease was lost"
-    assert bucket.objects[f"b/root/s/packs/{run.program_id}{lease.SUFFIX}"], "the other's lease was deleted"
+    assert "b/root/s/leases/rival.json" in bucket.objects, "the other's lease was deleted"

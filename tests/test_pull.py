@@ -35,6 +35,9 @@ def study(tmp_path_factory):
             (run_dir / "lease.json").write_text(json.dumps(gone))
     (folder / "running" / "status.json").write_text(json.dumps({"state": "running", "step": 3, "time": time.time()}))
     (folder / "diverged" / "error.txt").write_text("nan")
+    (folder / "leases").mkdir()
+    alive = {"token": "t", "run_ids": ["running"], "place": "elsewhere", "host": "vm", "pid": 1, "ttl_s": 3600}
+    (folder / "leases" / "t.json").write_text(json.dumps(alive | {"heartbeat": time.time()}))
     (folder / "packs").mkdir()
     (folder / "packs" / "p.json").write_text("{}")
     return folder
@@ -62,12 +65,16 @@ def ssh(tmp_path, monkeypatch):
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and p.name[0] != "." and p.parent.name != "leases"
+    }
 
 
 def records_of(study: Path, tensorboard: bool = False) -> dict[str, bytes]:
     """What is to come, by a rule of its own."""
-    unwanted = ["checkpoints/", "lease.json", ".lease.lock", "packs/"] + ["tb/"] * (not tensorboard)
+    unwanted = ["checkpoints/", "leases/", "lease.json", ".lease.lock", "packs/"] + ["tb/"] * (not tensorboard)
     return {name: content for name, content in files(study).items() if not any(part in name for part in unwanted)}
 
 

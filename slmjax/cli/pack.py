@@ -62,7 +62,7 @@ def _train_mirrored(pack: launchers.Pack, mirror: paths.Path, every_s: float) ->
     from slmjax.mirror.session import Mirror, MirrorError
 
     try:
-        with Mirror(pack.runs, pack.folder, mirror, every_s, stop=_stop_training):
+        with Mirror(pack.runs, pack.folder, mirror, pack.name, every_s, stop=_stop_training):
             return launchers.train_pack(pack)
     except MirrorError as error:
         print(f"slmjax pack: {error}", file=sys.stderr)
@@ -75,4 +75,3 @@ def _stop_training() -> bool:
         return False
     os.kill(os.getpid(), signal.SIGTERM)
     return True
->>>>>>> 006395a (A run folder's copy in an object store: pull, push in an order that is whole at every moment, a lease)

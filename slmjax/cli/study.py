@@ -83,7 +83,9 @@ def _folder(flags: FlagValues, here: str = "") -> paths.Path:
     """The study's folder, given itself or by its file. here: what needs it on this machine, if anything does."""
     folder = paths.as_path(flags.study)
     if paths.is_remote(folder) and here:
-        raise ConfigError(f"{here} the study's folder on this machine; first: slmjax study pull --study={flags.study} --out=DIR")
+        raise ConfigError(
+            f"{here} the study's folder on this machine; first: slmjax study pull --study={flags.study} --out=DIR"
+        )
     if not paths.is_remote(folder) and not folder.is_dir():
         folder = Path(flags.out) / options.load_study(flags.study).name
     if not (folder / "study.json").exists():

@@ -7,13 +7,15 @@ before the records were read.
 
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slmjax import paths, records
+from slmjax.mirror import lease
 
 WHOLE = ("config.json", "provenance.json", "status.json", "error.txt")
-PULLED = ".pulled"  # in a study's folder: a copy, and of what. Whether its runs still live can only be asked there
+PULLED = ".pulled"  # in a study's folder: of what it is a copy, and when it was made
 GROWING = re.compile(r"attempt-\d+\.jsonl")
 
 
@@ -47,6 +49,7 @@ def pull(source: paths.Path, out: Path, tensorboard: bool = False) -> Pulled:
         raise ValueError(f"{source} is not a study folder: it has no study.json")
     total = Pulled(out / source.name)
     _copy_whole(source / "study.json", total.folder / "study.json", total)
+    _copy_leases(source / lease.FOLDER, total.folder / lease.FOLDER)
     mark(total.folder, str(source))
     run_ids = [run["run_id"] for run in plan["runs"]]
 
@@ -79,7 +82,16 @@ def _pull_run(there: paths.Path, here: Path, tensorboard: bool) -> Pulled:
 
 
 def mark(folder: Path, source: str) -> None:
-    paths.write_bytes(folder / PULLED, f"{source}\n".encode())
+    records.write_json(folder / PULLED, {"source": source, "time": time.time()})
+
+
+def _copy_leases(there: paths.Path, here: Path) -> None:
+    """Who trains what: so that the copy tells, as of now, what runs and what was killed."""
+    contents = {name: paths.read_bytes(there / name) for name in paths.names(there)}
+    for name in set(paths.names(here)) - set(contents):
+        (here / name).unlink()
+    for name, content in contents.items():
+        paths.write_bytes(here / name, content)
 
 
 def is_final(here: Path, tensorboard: bool) -> bool:

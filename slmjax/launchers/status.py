@@ -38,14 +38,14 @@ class RunStatus:
 def study_status(folder: paths.Path) -> list[RunStatus]:
     """One row for each run of the study, in its order, from records and status files.
 
-    In a copy that was pulled, what ran there still runs, as far as one can tell here.
+    A copy that was pulled tells how it was then.
 
     Raises:
       ValueError: `folder` is no study.
     """
     plan, logged = records.load_study(folder)
     holders = store_lease.holders(folder)
-    copied = (folder / PULLED).exists()
+    copied = (records.read_json(folder / PULLED) or {}).get("time")
 
     def row(entry: dict) -> RunStatus:
         run_id = entry["run_id"]
@@ -55,15 +55,19 @@ def study_status(folder: paths.Path) -> list[RunStatus]:
 
 
 def _of_run(
-    entry: dict, run_dir: paths.Path, run: records.RunRecords | None, holder: dict | None, copied: bool
+    entry: dict, run_dir: paths.Path, run: records.RunRecords | None, holder: dict | None, copied: float | None
 ) -> RunStatus:
     said = (run and run.status) or {}
     evaluation = run.evals[-1] if run and run.evals else {}
     done = run is not None and (run_dir / "DONE").exists()
     state = "done" if done else said.get("state", "queued")
-    if state == "running" and not copied:
-        holder = holder or records.read_json(run_dir / lease.LEASE)
-        state = "running" if holder and store_lease.alive(holder) else "killed"
+    if state == "running":
+        own = records.read_json(run_dir / lease.LEASE)  # of a process that trains in this very folder
+        if own is not None:
+            holder, copied = own, None
+        # Of a copy that came over ssh there is nobody to ask.
+        if holder is not None or copied is None:
+            state = "running" if holder and store_lease.alive(holder, copied) else "killed"
     return RunStatus(
         run_id=entry["run_id"],
         tags=entry["tags"],

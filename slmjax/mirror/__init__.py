@@ -1,6 +1,6 @@
 """A study's folder in an object store, while its runs train on a machine's own disk.
 
-    REMOTE/NAME/study.json packs/<program_id>.json packs/<program_id>.lease.json <run_id>/...
+    REMOTE/NAME/study.json packs/<name>.json leases/<token>.json <run_id>/...
 
 Training needs what stores do not have: appends, renames, locks. So it works in a scratch folder, and a mirror keeps the
 store's copy: it brings what a run needs to go on (`pull`), sends what is new every few seconds (`push`, `steps`,

@@ -1,15 +1,16 @@
-"""One writer per pack in the store: an object that says who trains it, rewritten at every push, deleted at the end.
+"""One writer per run in the store, with nothing but reads and writes: a queue of tickets, one object for each process.
 
-The object is `packs/<program_id>.lease.json`: one for all runs of a pack, because every push rewrites it. A run's
-program is part of its config, so every process that would train the run looks at the same object.
+    REMOTE/NAME/leases/<token>.json     who, which runs, since when, last beat, and whether it trains or still asks
 
-What this cannot promise. A store without compare-and-swap, which is all that epath shows of one, has no atomic "take it
-if it is free". Two processes that find it free at one moment both write it; each then waits `settle_s` and reads it
-again, and the one whose name was overwritten stands back. That fails for a process that stalls between its look and its
-write for longer than the other's wait; it is found at the next push, when one of the two sees the other's name, stops
-and says so. And a process that is suspended past its ttl in the middle of a push finishes that push when it wakes up.
-What protects the numbers then: a run's steps are the same to the bit whoever trains them, checkpoints are whole or
-absent, and every attempt has a file of its own unless both began from the same copy at once.
+Who wants runs writes a ticket, then looks at the others. It trains when no ticket that is alive and names one of its
+runs trains or is older; otherwise it takes its own back and waits. Each process writes its own object only, so nobody
+can overwrite a claim, and of two that ask at once the later sees the earlier: stores show what was written to all who
+look after it (GCS and S3 do). This is Lamport's bakery; it needs no compare-and-swap, which epath does not offer.
+
+What it cannot promise: that a process which was silent past its ttl, and was therefore replaced, knows it at once. It
+looks before its next push (`beat`), and then stops and says so; but a push that was under way when it was suspended is
+finished when it wakes up. What protects the numbers then: a run's steps are the same to the bit whoever trains them, a
+checkpoint is whole or absent, and the new process writes attempts of its own.
 """
 
 import json
@@ -21,69 +22,103 @@ import uuid
 
 from slmjax import lease, paths
 
-SUFFIX = ".lease.json"
+FOLDER = "leases"
 
 
 class LeaseLost(RuntimeError):
-    """Another process trains the pack now; the message names both."""
+    """Another process trains the runs now, or the ticket was deleted; the message says which."""
 
 
 class StoreLease:
     """`take` waits for it, `beat` keeps it, `give_back` ends it.
 
-    ttl_s: after so many seconds without a beat another process takes over; beats must be far closer together.
+    study: in the store. ttl_s: after so many seconds without a beat another process takes over; beats must be far
+    closer together.
     """
 
-    def __init__(self, path: paths.Path, run_ids: list[str], ttl_s: float = 120.0, settle_s: float = 2.0):
-        self.path, self.run_ids, self.ttl_s, self.settle_s = path, run_ids, ttl_s, settle_s
-        self.token, self.since, self.beat_at = uuid.uuid4().hex, time.time(), 0.0
+    def __init__(self, study: paths.Path, run_ids: list[str], ttl_s: float = 120.0):
+        self.run_ids, self.ttl_s = run_ids, ttl_s
+        self.token, self.since = uuid.uuid4().hex, 0.0
+        self.folder = study / FOLDER
+        self.path = self.folder / f"{self.token}.json"
+        self._beat_at = (0.0, 0.0)
+        self._moved: dict[str, tuple] = {}  # token → its last beat as written, and when that was seen first
 
     def take(self, pause_s: float = 5.0) -> None:
         """Returns as the holder; waits while another process is."""
-        told, seen, seen_at = False, None, 0.0
+        told = False
         while True:
-            holder = read(self.path)
-            if holder != seen:
-                seen, seen_at = holder, time.monotonic()
-            # A dead holder whose clock was ahead of ours looks fresh: what has not moved for a ttl is dead as well.
-            if holder is None or not alive(holder) or time.monotonic() - seen_at > holder["ttl_s"]:
-                self._write()
-                time.sleep(self.settle_s)
-                if self._is_ours(read(self.path)):
+            others = self._others()
+            if not others:
+                if self._claim():
                     return
                 continue
             if not told:
-                print(
-                    f"mirror: {self.path} is held by {describe(holder)}; waiting until it ends, or says nothing for "
-                    f"{holder['ttl_s']:.0f} s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                held = f"{self.folder.parent} is held by {describe(others[0])} (runs {', '.join(others[0]['run_ids'])})"
+                until = f"it ends, or is silent for {others[0]['ttl_s']:.0f} s"
+                print(f"mirror: {held}; waiting until {until}", file=sys.stderr, flush=True)
                 told = True
-            time.sleep(min(pause_s, holder["ttl_s"] / 4))
+            time.sleep(min(pause_s, others[0]["ttl_s"] / 4))
 
     def beat(self) -> None:
-        """Says that the holder lives. Raises LeaseLost when another one is written there."""
-        holder = read(self.path)
-        if not self._is_ours(holder):
-            now = f"is held by {describe(holder)}" if holder else "is gone"
-            raise LeaseLost(f"{self.path} {now}: another process has taken over, or somebody has deleted it")
-        self._write()
+        """Says that the holder lives. Raises LeaseLost when it was replaced in a silence."""
+        silent_s = self._silent_s()
+        if read(self.path) is None:
+            others = self._others()
+            who = f"{describe(others[0])} has taken over" if others else "somebody has deleted it"
+            raise LeaseLost(f"{self.path} is gone: {who}")
+        if silent_s > self.ttl_s / 2 and not self._claim():
+            raise LeaseLost(f"{self.folder.parent} was silent for {silent_s:.0f} s, and another process has taken over")
+        self._write(trains=True)
 
     def beat_if_due(self) -> None:
-        if time.monotonic() - self.beat_at > self.ttl_s / 4:
+        if self._silent_s() > self.ttl_s / 4:
             self.beat()
 
     def give_back(self) -> None:
-        if self._is_ours(read(self.path)):
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
-    def _is_ours(self, holder: dict | None) -> bool:
-        return holder is not None and holder["token"] == self.token
+    def _claim(self) -> bool:
+        """Asks for the runs; whether they are ours now."""
+        self.since = self.since or time.time()
+        self._write(trains=False)
+        while others := self._others():
+            if any(other["trains"] or _ticket(other) < (self.since, self.token) for other in others):
+                self.give_back()
+                self.since = 0.0
+                return False
+            time.sleep(min(0.2, self.ttl_s / 10))  # younger ones, which take theirs back when they see ours
+        for path, holder in self._tickets():
+            if holder["token"] != self.token and set(holder["run_ids"]) & set(self.run_ids):
+                path.unlink(missing_ok=True)  # dead; if it wakes up, it finds that it was replaced
+        self._write(trains=True)
+        return True
 
-    def _write(self) -> None:
+    def _tickets(self) -> list[tuple[paths.Path, dict]]:
+        return [(path, holder) for path in _files(self.folder) if (holder := read(path)) is not None]
+
+    def _others(self) -> list[dict]:
+        """Tickets of other processes that live and want one of our runs."""
+        found = [holder for _, holder in self._tickets() if holder["token"] != self.token]
+        return [h for h in found if set(h["run_ids"]) & set(self.run_ids) and alive(h) and not self._stands_still(h)]
+
+    def _stands_still(self, holder: dict) -> bool:
+        """Whether it has not moved for its ttl while we looked: a clock ahead of ours makes the dead look alive."""
+        now = time.monotonic()
+        beat, since = self._moved.get(holder["token"], (None, now))
+        if beat != holder["heartbeat"]:
+            beat, since = holder["heartbeat"], now
+        self._moved[holder["token"]] = (beat, since)
+        return now - since > holder["ttl_s"]
+
+    def _silent_s(self) -> float:
+        """Since the last beat, by the clock that a suspended machine stops and by the one that it does not."""
+        return max(time.monotonic() - self._beat_at[0], time.time() - self._beat_at[1])
+
+    def _write(self, trains: bool) -> None:
         said = {
             "token": self.token,
+            "trains": trains,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "place": lease._place(),
@@ -93,8 +128,17 @@ class StoreLease:
             "ttl_s": self.ttl_s,
             "run_ids": self.run_ids,
         }
+        # Before the write: it is seen at some moment after this one.
+        self._beat_at = (time.monotonic(), time.time())
         paths.write_bytes(self.path, json.dumps(said).encode())
-        self.beat_at = time.monotonic()
+
+
+def _ticket(holder: dict) -> tuple[float, str]:
+    return holder["since"], holder["token"]
+
+
+def _files(folder: paths.Path) -> list[paths.Path]:
+    return [folder / name for name in paths.names(folder) if name.endswith(".json") and not name.startswith(".")]
 
 
 def read(path: paths.Path) -> dict | None:
@@ -104,11 +148,14 @@ def read(path: paths.Path) -> dict | None:
         return None
 
 
-def alive(holder: dict) -> bool:
-    """By its process when it is on this machine, by its last beat elsewhere; the clocks must agree to a few seconds."""
-    if holder["place"] == lease._place():
+def alive(holder: dict, now: float | None = None) -> bool:
+    """By its process when it is on this machine, by its last beat elsewhere; the clocks must agree to a few seconds.
+
+    now: when what is known of it was current.
+    """
+    if now is None and holder["place"] == lease._place():
         return lease._process_start(holder["pid"]) == holder["process_start"]
-    return time.time() - holder["heartbeat"] <= holder["ttl_s"]
+    return (time.time() if now is None else now) - holder["heartbeat"] <= holder["ttl_s"]
 
 
 def describe(holder: dict) -> str:
@@ -117,7 +164,6 @@ def describe(holder: dict) -> str:
 
 
 def holders(study: paths.Path) -> dict[str, dict]:
-    """run_id → the lease of the process that trains it, alive or not; runs whose processes ended well have none."""
-    packs = study / "packs"
-    files = [packs / name for name in paths.names(packs) if name.endswith(SUFFIX)]
-    return {run_id: holder for holder in paths.each(packs, read, files) if holder for run_id in holder["run_ids"]}
+    """run_id → the newest ticket that names it, its process alive or not; runs whose process ended well have none."""
+    found = filter(None, paths.each(study, read, _files(study / FOLDER)))
+    return {run_id: holder for holder in sorted(found, key=lambda h: h["heartbeat"]) for run_id in holder["run_ids"]}

@@ -28,7 +28,8 @@ class Mirror(contextlib.AbstractContextManager):
     """Mirrors the runs of one program between `folder` and `remote`, both the study's, for the length of the block.
 
     Args:
-      every_s: between pushes. A store that bills requests bills about four a push, and one for each file that changed.
+      name: of the pack's file, to be sent as well.
+      every_s: between pushes. A store that bills requests bills two a push, and one for each file that changed.
       ttl_s: of the lease; entering waits as long for a process that was killed elsewhere.
       final_s: how long leaving tries to reach the store.
       stop: called from another thread when the lease is lost, until it is True: what is trained from then on would be
@@ -43,18 +44,16 @@ class Mirror(contextlib.AbstractContextManager):
         runs: list[Run],
         folder: Path,
         remote: paths.Path,
+        name: str = "",
         every_s: float = 15.0,
         ttl_s: float = 120.0,
         final_s: float = 300.0,
         stop: Callable[[], bool] = lambda: True,
     ):
-        assert len({run.program_id for run in runs}) == 1, "a pack shares one program, and a lease"
         self.runs, self.folder, self.remote, self.stop = runs, folder, remote, stop
         self.every_s, self.final_s = max(every_s, 0.01), final_s
-        program_id = runs[0].program_id
-        path = remote / "packs" / f"{program_id}{lease.SUFFIX}"
-        self.lease = lease.StoreLease(path, [run.run_id for run in runs], ttl_s, settle_s=min(2.0, ttl_s / 10))
-        self.shared = ("study.json", f"packs/{program_id}.json")
+        self.lease = lease.StoreLease(remote, [run.run_id for run in runs], ttl_s)
+        self.shared = ("study.json", f"packs/{name}.json")
         self.pushes: list[RunPush] = []
         self.lost: lease.LeaseLost | None = None
         self.outage: Exception | None = None
@@ -160,9 +159,3 @@ class Mirror(contextlib.AbstractContextManager):
 
 def _short(error: Exception | None) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def publish(folder: Path, remote: paths.Path) -> None:
-    """Puts a study and its packs, which `launchers.write_packs` left in `folder`, where `slmjax pack` reads them."""
-    for path in [*sorted((folder / "packs").glob("*.json")), folder / "study.json"]:
-        paths.write_bytes(remote / path.relative_to(folder), path.read_bytes())
