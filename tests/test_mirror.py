@@ -14,7 +14,7 @@ import runs
 from object_store import bucket  # noqa: F401
 from runs import make_run
 
-from slmjax import checkpoint, config, paths, records
+from slmjax import checkpoint, cli, config, environment, launchers, paths, records
 from slmjax import lease as local_lease
 from slmjax.mirror import lease, pull, session
 from slmjax.mirror.session import Mirror, MirrorError
@@ -396,3 +396,52 @@ def test_a_lost_lease_ends_the_training_and_nothing_more_is_sent(run, bucket, tm
     assert "\n" not in str(failure.value) and asked[2:] == ["stop"]
     assert len(bucket.history) == asked[1], "something was sent after the lease was lost"
     assert "b/root/s/leases/rival.json" in bucket.objects, "the other's lease was deleted"
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(run, bucket, tmp_path, monkeypatch):  # noqa: F811
+    """A study's plan and pack in the store, as a launcher puts them there; the pack's URL."""
+    monkeypatch.setattr(environment, "prepare", lambda: None)  # JAX is here already
+    pack = launchers.Pack(tmp_path / "laptop" / "s", [run], "a1")
+    pack.folder.mkdir(parents=True)
+    launchers.write_packs([pack])
+    listing = {"run_id": run.run_id, "tags": {"seed": 0}, "parent": None, "branch_step": None}
+    records.write_json(pack.folder / "study.json", {"name": "s", "runs": [listing]})
+    for name in ("packs/a1.json", "study.json"):
+        paths.copy(pack.folder / name, paths.as_path(URL) / name)
+    return f"{URL}/packs/a1.json"
+
+
+def test_a_pack_in_a_store_trains_here_and_is_kept_there(run, straight, published, bucket, tmp_path, capsys):  # noqa: F811
+    assert cli.main(["pack", published, f"--out={tmp_path / 'scratch'}"]) == 0
+    runs.assert_same(straight[0], tmp_path / "scratch" / "s", run)
+    there = unpack(bucket.objects, tmp_path / "there")
+    runs.assert_same(straight[0], there, run)
+    assert (there / run.run_id / "DONE").exists()
+    before = dict(bucket.objects)
+    assert cli.main(["pack", published, f"--out={tmp_path / 'elsewhere'}"]) == 0
+    assert {k: v for k, v in bucket.objects.items() if k not in before} == {}, "a finished run was trained again"
+    assert cli.main(["study", "pull", f"--study={URL}", f"--out={tmp_path / 'home'}"]) == 0
+    assert runs.losses(tmp_path / "home" / "s", run) == runs.losses(straight[0], run)
+
+
+def test_a_mounted_folder_is_a_store_too(run, straight, published, tmp_path):
+    pack = str(tmp_path / "laptop" / "s" / "packs" / "a1.json")
+    assert cli.main(["pack", pack, f"--mirror={tmp_path / 'mounted' / 's'}", "--mirror_every=0.05"]) == 0
+    runs.assert_same(straight[0], tmp_path / "mounted" / "s", run)
+    assert {p.name for p in (tmp_path / "mounted" / "s").iterdir()} >= {"study.json", "packs", run.run_id}
+    assert not list((tmp_path / "mounted").rglob(".*.part"))
+
+
+def test_a_store_that_does_not_answer_is_one_line(run, published, bucket, tmp_path, monkeypatch, capsys):  # noqa: F811
+    monkeypatch.setattr(session.Mirror.__init__, "__defaults__", ("", 15.0, 120.0, 0.0, lambda: True))
+    copied = str(tmp_path / "laptop" / "s" / "packs" / "a1.json")
+    bucket.fails = lambda *_: True
+    assert cli.main(["pack", copied, f"--mirror={URL}"]) == 1
+    heard = capsys.readouterr().err
+    assert f"slmjax pack: {URL} does not answer (OSError: planned" in heard and heard.count("\n") == 1
+    assert cli.main(["pack", published, f"--mirror={URL}"]) == 2
+    assert "leave out --mirror" in capsys.readouterr().err

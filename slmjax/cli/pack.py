@@ -59,10 +59,11 @@ def _brought(file: paths.Path, folder: Path) -> Path:
 
 
 def _train_mirrored(pack: launchers.Pack, mirror: paths.Path, every_s: float) -> int:
-    from slmjax.mirror.session import Mirror, MirrorError
+    from slmjax.mirror.hosts import mirrored
+    from slmjax.mirror.session import MirrorError
 
     try:
-        with Mirror(pack.runs, pack.folder, mirror, pack.name, every_s, stop=_stop_training):
+        with mirrored(pack.runs, pack.folder, mirror, pack.name, every_s=every_s, stop=_stop_training):
             return launchers.train_pack(pack)
     except MirrorError as error:
         print(f"slmjax pack: {error}", file=sys.stderr)

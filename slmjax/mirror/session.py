@@ -57,7 +57,7 @@ class Mirror(contextlib.AbstractContextManager):
         self.pushes: list[RunPush] = []
         self.lost: lease.LeaseLost | None = None
         self.outage: Exception | None = None
-        self._ending = threading.Event()
+        self._busy, self._ending = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._loop, name="mirror", daemon=True)
 
     def __enter__(self) -> "Mirror":
@@ -102,6 +102,10 @@ class Mirror(contextlib.AbstractContextManager):
                 raise
             print(f"mirror: {failure}", file=sys.stderr, flush=True)  # beside the error that ended the block
 
+    def push_now(self) -> None:
+        """Sends what only this machine has. Raises MirrorError when the store does not answer."""
+        self._patiently(self._round, "what is only here is not sent")
+
     def _loop(self) -> None:
         pause_s = self.every_s
         while not self._ending.wait(pause_s):
@@ -112,13 +116,17 @@ class Mirror(contextlib.AbstractContextManager):
                 continue
             pause_s = self.every_s if self._push() else min(max(2 * pause_s, FIRST_PAUSE_S), MAX_PAUSE_S)
 
-    def _push(self) -> bool:
-        """One round over all runs; whether the store took it."""
-        try:
+    def _round(self) -> None:
+        with self._busy:
             self.lease.beat()
             for push in self.pushes:
                 if not push.settled:
                     push.round(self.lease.beat_if_due)
+
+    def _push(self) -> bool:
+        """One round over all runs; whether the store took it."""
+        try:
+            self._round()
         except lease.LeaseLost as lost:
             self.lost = lost
             return False
