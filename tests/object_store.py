@@ -104,7 +104,7 @@ class Store(AbstractFileSystem):
         doomed = [n for n in sorted(self.bucket.objects) if n == path or (recursive and n.startswith(path + "/"))]
         if not doomed:
             raise FileNotFoundError(path)
-        for name in doomed:  # one by one: a process may die between them
+        for name in reversed(doomed):  # one by one, in any order: a process may die between them
             self.bucket.request("delete", name)
             self.bucket.change(name, None)
 
