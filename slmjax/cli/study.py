@@ -247,7 +247,7 @@ def _compare(flags: FlagValues) -> int:
 def _logs(flags: FlagValues, prefix: str) -> int:
     from slmjax.launchers import logs, status
 
-    folder = _folder(flags)
+    folder = _folder(flags, here="study logs --output needs" if flags.output else "")
     run_id = status.find_run(folder, prefix).run_id
     if flags.output:
         command = backends.output_command(folder, run_id, flags.follow)
