@@ -1,9 +1,11 @@
-"""slmjax pack FILE [--task=K] [--cores=0,1,...] [--mirror=URL/NAME]
+"""slmjax pack FILE [--task=K] [--cores=0,1,...] [--distributed] [--mirror=URL/NAME]
 slmjax pack URL/NAME/packs/ID.json [--out=DIR]
 
-Trains the runs of a pack file, as launchers write them, in this process; or task K of a submission file. With a mirror,
-an object store (gs://, s3://) or a mounted folder has a copy of the study: what is there is gone on with, and what is
-new is sent every few seconds. A FILE in the store is its own mirror, and DIR/NAME the scratch folder.
+Trains the runs of a pack file, as launchers write them, in this process, or task K of a submission file; with
+--distributed, in all that the same command was started in.
+
+With a mirror, an object store (gs://, s3://) or a mounted folder has a copy of the study: what is there is gone on
+with, and what is new is sent every few seconds. A FILE in the store is its own mirror, and DIR/NAME the scratch folder.
 """
 
 import os
@@ -15,6 +17,7 @@ from absl import flags as absl_flags
 from absl.flags import FlagValues
 
 from slmjax import environment, launchers, paths
+from slmjax.cli import options
 from slmjax.config import ConfigError
 from slmjax.launchers import submissions
 
@@ -26,6 +29,7 @@ def define(flag_values: FlagValues) -> None:
                              flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_string("out", "OUT", "with a FILE in a store: folder to train in", flag_values=flag_values)
     absl_flags.DEFINE_float("mirror_every", 15.0, "seconds between two looks at what is new", flag_values=flag_values)
+    options.define_distributed(flag_values)
 
 
 def run(flags: FlagValues, args: list[str]) -> int:
@@ -45,7 +49,8 @@ def run(flags: FlagValues, args: list[str]) -> int:
     if flags.task is not None:
         file = submissions.pack_file(file, flags.task)
     pack = launchers.read_pack(file)
-    return launchers.train_pack(pack) if mirror is None else _train_mirrored(pack, mirror, flags.mirror_every)
+    with options.joined(flags):
+        return launchers.train_pack(pack) if mirror is None else _train_mirrored(pack, mirror, flags.mirror_every)
 
 
 def _brought(file: paths.Path, folder: Path) -> Path:
