@@ -425,19 +425,40 @@ def _write_manifest(root, manifest):
     _fsync(root)
 
 
+def read_digests(content: bytes) -> dict:
+    """What a digests.json says: step, pinned, meta, and `files`, relative path → [bytes, digest], all but itself.
+
+    Raises:
+      ValueError: it is damaged; the message goes on after the file's name.
+    """
+    try:
+        outer = json.loads(content)
+        if _digest(outer["body"].encode()) == outer["digest"]:
+            return json.loads(outer["body"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"is not readable: {error}") from error
+    raise ValueError("does not match its own digest")
+
+
+def damage(root) -> str | None:
+    """What is wrong with a step's folder, wherever it was copied to; None when every file is as it was written."""
+    try:
+        _verify(pathlib.Path(root))
+    except _Bad as error:
+        return str(error)
+    return None
+
+
 def _read_manifest(root):
     """The dict written by _write_manifest. Raises _Bad if damaged, CheckpointError if its format is newer than ours."""
     if root.is_symlink() or (root / DIGESTS).is_symlink():
         raise _Bad(f"{root} leads out of the run directory through a link")
     try:
-        outer = json.loads((root / DIGESTS).read_bytes())
-        if _digest(outer["body"].encode()) != outer["digest"]:
-            raise _Bad(f"{root / DIGESTS} does not match its own digest")
-        manifest = json.loads(outer["body"])
+        manifest = read_digests((root / DIGESTS).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _Bad(f"{root / DIGESTS} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _Bad(f"{root / DIGESTS} is not readable: {error}") from error
+    except ValueError as error:
+        raise _Bad(f"{root / DIGESTS} {error}") from error
     if manifest["format"] > FORMAT:
         raise CheckpointError(
             f"{root} has format {manifest['format']}, this slmjax reads up to {FORMAT}; upgrade slmjax"

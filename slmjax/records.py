@@ -4,7 +4,8 @@
     OUT/<study>/<run_id>/config.json provenance.json status.json attempt-NNN.jsonl tb/ checkpoints/ DONE
 
 An attempt file holds one JSON object a line, of kind `start`, `train`, `eval` or `end`; each launch of a run writes its
-own. Where two attempts logged the same step, one having been killed past its last checkpoint, the later wins.
+own. Where two attempts logged the same step, one having been killed past its last checkpoint, the later wins. Written
+on a disk; read there, or in the copy that an object store has (`slmjax.mirror`).
 """
 
 import json
@@ -15,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from slmjax import paths
 
 STATES = ("queued", "running", "preempted", "failed", "diverged", "done")
 
@@ -29,7 +32,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The value in `path`, or None when there is no such file."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(paths.read_text(path))
     except FileNotFoundError:
         return None
 
@@ -114,7 +117,7 @@ def attempt_number(path: Path) -> int:
 
 def read_lines(path: Path) -> list[dict]:
     """The records of an attempt; a last line cut short by a kill is left out, any other bad line raises ValueError."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = paths.read_text(path).split("\n")
     records = []
     for number, line in enumerate(lines, 1):
         if not line:
@@ -129,7 +132,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def load_run(run_dir: Path | str) -> RunRecords:
-    run_dir = Path(run_dir)
+    run_dir = paths.as_path(run_dir)
     run = RunRecords(
         run_dir.name,
         read_json(run_dir / "config.json"),
@@ -162,9 +165,15 @@ def load_study(study_dir: Path | str) -> tuple[dict, dict[str, RunRecords]]:
     Raises:
       ValueError: no study.json there.
     """
-    study_dir = Path(study_dir)
+    study_dir = paths.as_path(study_dir)
     study = read_json(study_dir / "study.json")
     if study is None:
         raise ValueError(f"{study_dir} is not a study folder: it has no study.json")
-    folders = ((run["run_id"], study_dir / run["run_id"]) for run in study["runs"])
-    return study, {run_id: load_run(folder) for run_id, folder in folders if folder.is_dir()}
+    run_ids = [run["run_id"] for run in study["runs"]]
+
+    def load(run_id: str) -> RunRecords | None:
+        folder = study_dir / run_id
+        return load_run(folder) if folder.is_dir() else None
+
+    found = zip(run_ids, paths.each(study_dir, load, run_ids), strict=True)
+    return study, {run_id: run for run_id, run in found if run is not None}

@@ -60,7 +60,7 @@ def parse(flag_values: FlagValues, argv: list[str]) -> list[str]:
         argv = _with_paths(argv)
         flag_values["config"]._sys_argv = argv  # the flag looks there for its overrides, by default in sys.argv
     try:
-        return flag_values(["slmjax", *argv])[1:]
+        args = flag_values(["slmjax", *argv])[1:]
     except absl_flags.UnrecognizedFlagError as error:
         known = [name for name in flag_values if "." not in name]
         near = difflib.get_close_matches(error.flagname, known, 1)
@@ -68,6 +68,12 @@ def parse(flag_values: FlagValues, argv: list[str]) -> list[str]:
         raise ConfigError(f"there is no flag --{error.flagname}; {hint}") from None
     except (absl_flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         _reraise(error, argv)
+    if "out" in flag_values and "://" in (flag_values.out or ""):
+        raise ConfigError(
+            f"--out={flag_values.out} is no folder of this machine, where runs train and reports are written; a store "
+            "gets a copy by: slmjax pack FILE --mirror=URL/NAME"
+        )
+    return args
 
 
 def _with_paths(argv: list[str]) -> list[str]:

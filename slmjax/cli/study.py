@@ -6,7 +6,10 @@ status        a table of the runs, from their folders, and why some failed; --wa
 compare       final losses of one tag against another, e.g. --rows=width --columns=lr, and what each column cost
 logs RUN_ID   what a run has recorded (the beginning of its id will do)
 cancel        asks what is running, here or on a cluster, to save and stop
+pull          brings a study's records home from gs://, s3://, HOST:PATH or a mounted folder; again: only what is new
 report        fits a law to each model family, compares them, and writes report.html, fit.json and figures
+
+status, compare and logs read a study in an object store too: --study=gs://BUCKET/.../NAME.
 """
 
 import difflib
@@ -17,14 +20,14 @@ from pathlib import Path
 from absl import flags as absl_flags
 from absl.flags import FlagValues
 
-from slmjax import records
+from slmjax import paths, records
 from slmjax.cli import options
 from slmjax.config import ConfigError
 from slmjax.launchers import backends
 from slmjax.launchers.backend import Backend, BackendError
 from slmjax.scaling import families, show
 
-ACTIONS = ("plan", "run", "status", "compare", "logs", "cancel", "report")
+ACTIONS = ("plan", "run", "status", "compare", "logs", "cancel", "pull", "report")
 
 
 def define(flag_values: FlagValues) -> None:
@@ -51,6 +54,7 @@ def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_list("budgets", None, "report: FLOPs to forecast for, e.g. 1e18,1e19", flag_values=flag_values)
     absl_flags.DEFINE_string("rows", None, "compare: tag whose values are rows", flag_values=flag_values)
     absl_flags.DEFINE_string("columns", None, "compare: tag whose values are columns", flag_values=flag_values)
+    absl_flags.DEFINE_boolean("tensorboard", False, "pull: event files too", flag_values=flag_values)
     absl_flags.DEFINE_boolean("follow", False, "logs: wait for more until the run ends", short_name="f",
                               flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_boolean("output", False, "logs: what the run's process has printed", flag_values=flag_values)
@@ -70,15 +74,19 @@ def run(flags: FlagValues, args: list[str]) -> int:
 
 
 def _source(flags: FlagValues):
-    if Path(flags.study).is_dir():
+    if "://" in flags.study or Path(flags.study).is_dir():
         raise ConfigError(f"--study={flags.study} is a folder; planning and running need the study's file")
     return options.load_study(flags.study)
 
 
-def _folder(flags: FlagValues) -> Path:
-    """The study's folder, given itself or by its file."""
-    folder = Path(flags.study)
-    if not folder.is_dir():
+def _folder(flags: FlagValues, here: str = "") -> paths.Path:
+    """The study's folder, given itself or by its file. here: what needs it on this machine, if anything does."""
+    folder = paths.as_path(flags.study)
+    if paths.is_remote(folder) and here:
+        raise ConfigError(
+            f"{here} the study's folder on this machine; first: slmjax study pull --study={flags.study} --out=DIR"
+        )
+    if not paths.is_remote(folder) and not folder.is_dir():
         folder = Path(flags.out) / options.load_study(flags.study).name
     if not (folder / "study.json").exists():
         raise ConfigError(f"{folder} is not a study folder: it has no study.json; slmjax study run makes one")
@@ -187,7 +195,7 @@ def _status(flags: FlagValues) -> int:
     return 0
 
 
-def _show_status(folder: Path, as_json: bool) -> None:
+def _show_status(folder: paths.Path, as_json: bool) -> None:
     from slmjax.launchers import table
 
     shown, below, rows = table.look(folder)
@@ -239,7 +247,7 @@ def _compare(flags: FlagValues) -> int:
 def _logs(flags: FlagValues, prefix: str) -> int:
     from slmjax.launchers import logs, status
 
-    folder = _folder(flags)
+    folder = _folder(flags, here="study logs --output needs" if flags.output else "")
     run_id = status.find_run(folder, prefix).run_id
     if flags.output:
         command = backends.output_command(folder, run_id, flags.follow)
@@ -251,11 +259,31 @@ def _logs(flags: FlagValues, prefix: str) -> int:
 
 def _cancel(flags: FlagValues) -> int:
     try:
-        asked = backends.cancel(_folder(flags))
+        asked = backends.cancel(_folder(flags, here="study cancel needs"))
     except BackendError as error:
         print(f"slmjax study: {error}", file=sys.stderr)
         return 1
     print(f"asked to save and stop: {', '.join(asked)}" if asked else "nothing is running")
+    return 0
+
+
+def _pull(flags: FlagValues) -> int:
+    from slmjax.launchers import pull, rsync
+
+    if rsync.is_ssh(flags.study) and not Path(flags.study).is_dir():
+        pulled = rsync.pull(flags.study, Path(flags.out), flags.tensorboard)
+    else:
+        pulled = pull.pull(paths.as_path(flags.study.rstrip("/")), Path(flags.out), flags.tensorboard)
+    if flags.json:
+        options.print_json(vars(pulled) | {"folder": str(pulled.folder)})
+        return 0
+    new, missing = pulled.runs - pulled.finished, len(pulled.missing)
+    begun = f"; {missing} have not begun" if missing else ""
+    print(
+        f"{pulled.folder}: {pulled.runs} runs, {pulled.finished} of them complete here before, {new} looked at{begun}"
+    )
+    print(f"{pulled.files} files came, {show.count(pulled.bytes)} bytes")
+    print(f"next: slmjax fit {pulled.folder}")
     return 0
 
 
@@ -273,7 +301,7 @@ def _fits(folder: Path) -> dict:
 def _report(flags: FlagValues) -> int:
     from slmjax.scaling.report import write_report
 
-    folder = _folder(flags)
+    folder = _folder(flags, here="study report needs")
     budgets = [float(budget) for budget in flags.budgets] if flags.budgets else None
     name = records.read_json(folder / "study.json")["name"]
     command = f"slmjax study report --study={folder}" + (f" --budgets={','.join(flags.budgets)}" if budgets else "")

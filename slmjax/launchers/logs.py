@@ -3,17 +3,17 @@
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-from slmjax import records
+from slmjax import paths, records
 from slmjax.launchers.status import writer_alive
 
 POLL_S = 0.5
+STORE_POLL_S = 5.0  # a look is a few requests, and what it finds is seconds old
 
 
-def lines(run_dir: Path, as_json: bool = False, follow: bool = False) -> Iterator[str]:
+def lines(run_dir: paths.Path, as_json: bool = False, follow: bool = False) -> Iterator[str]:
     """Every record of every attempt, in order; with `follow`, also those to come until the run's process ends."""
-    told: dict[Path, int] = {}
+    told: dict[paths.Path, int] = {}
     while True:
         alive = writer_alive(run_dir)  # before reading: what a process wrote before it ended is read below
         for path in records.attempt_files(run_dir):
@@ -23,9 +23,9 @@ def lines(run_dir: Path, as_json: bool = False, follow: bool = False) -> Iterato
             told[path] = len(entries)
         if not (follow and alive):
             break
-        time.sleep(POLL_S)
+        time.sleep(STORE_POLL_S if paths.is_remote(run_dir) else POLL_S)
     if not as_json and (run_dir / "error.txt").exists() and not (run_dir / "DONE").exists():
-        yield (run_dir / "error.txt").read_text().rstrip()
+        yield paths.read_text(run_dir / "error.txt").rstrip()
 
 
 def _text(entry: dict) -> str:

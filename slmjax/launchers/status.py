@@ -5,9 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slmjax import lease, records
+from slmjax import lease, paths, records
 from slmjax.config import ConfigError
 from slmjax.launchers import budget
+from slmjax.launchers.pull import PULLED
+from slmjax.mirror import lease as store_lease
 
 
 @dataclass(frozen=True)
@@ -33,23 +35,39 @@ class RunStatus:
         return asdict(self)
 
 
-def study_status(folder: Path) -> list[RunStatus]:
+def study_status(folder: paths.Path) -> list[RunStatus]:
     """One row for each run of the study, in its order, from records and status files.
+
+    A copy that was pulled tells how it was then.
 
     Raises:
       ValueError: `folder` is no study.
     """
     plan, logged = records.load_study(folder)
-    return [_of_run(entry, folder / entry["run_id"], logged.get(entry["run_id"])) for entry in plan["runs"]]
+    holders = store_lease.holders(folder)
+    copied = (records.read_json(folder / PULLED) or {}).get("time")
+
+    def row(entry: dict) -> RunStatus:
+        run_id = entry["run_id"]
+        return _of_run(entry, folder / run_id, logged.get(run_id), holders.get(run_id), copied)
+
+    return paths.each(folder, row, plan["runs"])
 
 
-def _of_run(entry: dict, run_dir: Path, run: records.RunRecords | None) -> RunStatus:
+def _of_run(
+    entry: dict, run_dir: paths.Path, run: records.RunRecords | None, holder: dict | None, copied: float | None
+) -> RunStatus:
     said = (run and run.status) or {}
     evaluation = run.evals[-1] if run and run.evals else {}
     done = run is not None and (run_dir / "DONE").exists()
     state = "done" if done else said.get("state", "queued")
-    if state == "running" and not writer_alive(run_dir):
-        state = "killed"
+    if state == "running":
+        own = records.read_json(run_dir / lease.LEASE)  # of a process that trains in this very folder
+        if own is not None:
+            holder, copied = own, None
+        # Of a copy that came over ssh there is nobody to ask.
+        if holder is not None or copied is None:
+            state = "running" if holder and store_lease.alive(holder, copied) else "killed"
     return RunStatus(
         run_id=entry["run_id"],
         tags=entry["tags"],
@@ -64,7 +82,7 @@ def _of_run(entry: dict, run_dir: Path, run: records.RunRecords | None) -> RunSt
         eta_s=_eta_s(run, said) if state == "running" else None,
         device_hours=budget.run_device_hours(run_dir) if run else 0.0,
         pid=said.get("pid") if state == "running" else None,
-        reason=said.get("reason") or (_died(run_dir) if state == "killed" else None),
+        reason=said.get("reason") or (_died(holder) if state == "killed" else None),
     )
 
 
@@ -75,18 +93,13 @@ def _eta_s(run: records.RunRecords, said: dict) -> float | None:
     return max(0, said["total_steps"] - said["step"]) * run.start["tokens_per_step"] / speed
 
 
-def writer_alive(run_dir: Path) -> bool:
+def writer_alive(run_dir: paths.Path) -> bool:
     """Whether the holder of the run's lease lives: by its process on this machine, by its heartbeat elsewhere."""
-    holder = records.read_json(run_dir / lease.LEASE)
-    if holder is None:
-        return False
-    if holder["place"] == lease._place():
-        return lease._process_start(holder["pid"]) == holder["process_start"]
-    return time.time() - holder["heartbeat"] <= holder["ttl_s"]
+    holder = store_lease.holders(run_dir.parent).get(run_dir.name) or records.read_json(run_dir / lease.LEASE)
+    return holder is not None and store_lease.alive(holder)
 
 
-def _died(run_dir: Path) -> str:
-    holder = records.read_json(run_dir / lease.LEASE)
+def _died(holder: dict | None) -> str:
     return f"pid {holder['pid']} on {holder['host']} is gone" if holder else "its process is gone"
 
 

@@ -85,6 +85,9 @@ def load_points(
     for name, value, known in (("n", n, N_CONVENTIONS), ("flops", flops, FLOPS_CONVENTIONS), ("rows", rows, ROWS)):
         if value not in known and not (value is None and name != "rows"):
             raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+    for source in sources:
+        if "://" in str(source):
+            raise ValueError(f"{source} is not on this machine; first: slmjax study pull --study={source} --out=DIR")
     reading = Reading(columns, n, flops, rows, [Condition.parse(text) for text in where], join, reads)
     points, excluded, notes = [], [], []
     sources = [Path(source) for source in sources]
