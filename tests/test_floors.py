@@ -11,13 +11,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = {
-    0: "config records",
+    0: "config paths records",
     1: "ladder study",
     2: "scaling",
     3: "sharding data tokenizer schedules parametrization devices",
     4: "models objectives",
     5: "checkpoint lease optim denoiser decoding likelihood tensorboard progress",
-    6: "program upcycle member trained evaluate sample",
+    6: "program upcycle member trained evaluate sample mirror",
     7: "train check bench",
     8: "cli launchers environment __main__",
 }
