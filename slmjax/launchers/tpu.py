@@ -57,6 +57,7 @@ class Tpu:
         self.folder, self.script, self.places = folder, script, jobs or 1
         self.chains_per_pack, self.arguments = chains_per_pack, shlex.split(arguments)
         self.mirror = store.chosen(folder, mirror)
+        self.listed: dict[str, tuple[str, str]] | None = None  # by `tend`, for the look that follows it
 
     # --- what every backend does -------------------------------------------------------------------------------------
 
@@ -87,7 +88,9 @@ class Tpu:
     def poll(self) -> dict[str, Seen]:
         store.bring(self.folder, self.mirror)
         notes = [(note, settings) for note, settings in self._notes() if note.asked != "over"]
-        listed = self._list(settings for _, settings in notes)
+        listed, self.listed = self.listed, None
+        if listed is None:
+            listed = self._list(settings for _, settings in notes)
         seen = {}
         for note, _ in notes:
             state = listed.get(note.name, ("not there yet", ""))[0]
@@ -101,6 +104,7 @@ class Tpu:
         with self._alone():
             notes = [(note, settings) for note, settings in self._notes() if note.asked != "over"]
             listed = self._list(settings for _, settings in notes)
+            self.listed = listed
             for note, settings in notes:
                 step = tpu_machine.next_step(note, self._look(note, settings, listed))
                 self._write(step.note, settings)
@@ -149,7 +153,15 @@ class Tpu:
                 command = _ssh(name, settings, tpu_remote.probe(name))
                 process, code = tpu_remote.said(ask(command, ASK_TIMEOUT_S, MISSING))
         states = {attempt: state for attempt, (state, _) in found.items()}
-        return Look(states, process, code, time.time(), detail)
+        return Look(states, process, code, time.time(), self._finished(note), detail)
+
+    def _finished(self, note: Note) -> bool:
+        """Of each run: done, or failed since it was handed over."""
+        for run in launchers.read_pack(self.folder / "packs" / f"{note.pack}.json").unfinished:
+            said = records.read_json(self.folder / run.run_id / "status.json") or {"state": "queued"}
+            if said["state"] not in ("failed", "diverged") or said["time"] < note.since:
+                return False
+        return True
 
     def _do(self, step: Step, settings: Settings) -> None:
         """What was written down. A command that fails is not the end of it: the next look tells what has come of it."""
@@ -216,7 +228,7 @@ class Tpu:
 
     def _first_note(self, submission: Submission, pack: Pack) -> Note:
         digest = submission.name.rpartition("-")[2]
-        return Note(f"slmjax-{slug(self.folder.name)}-{digest}", pack.name)
+        return Note(f"slmjax-{slug(self.folder.name)}-{digest}", pack.name, since=submission.time)
 
     def _write(self, note: Note, settings: Settings) -> None:
         path = self.folder / "tpu" / f"{note.resource}.json"

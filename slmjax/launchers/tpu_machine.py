@@ -22,6 +22,7 @@ HOPELESS = re.compile(r"INVALID_ARGUMENT|PERMISSION_DENIED|UNAUTHENTICATED|Inval
 class Note:
     """What was last done for a pack. It is on disk before it is done.
 
+    since: when the pack was handed over.
     asked: `create`, `start`, `stop`, `delete`, or `over`: nothing is left, and nothing more will be done.
     trained: whether the pack was seen running on the resource of this attempt.
     end: why no further resource is wanted: `done`, `cancelled` or `gave up`; empty while one is.
@@ -29,6 +30,7 @@ class Note:
 
     resource: str
     pack: str
+    since: float = 0.0
     attempt: int = 0
     asked: str = "create"
     trained: bool = False
@@ -49,13 +51,15 @@ class Note:
 class Look:
     """What the cloud lists of a pack's resources, by attempt; and, of the newest when it is ACTIVE, its processes.
 
-    process: `absent`, `running`, `ended` (with `code`) or `no answer`.
+    process: `absent`, `running`, `ended` (with `code`) or `no answer`. finished: whether all runs of the pack have
+    ended by their own word, as their folders say.
     """
 
     resources: Mapping[int, str]
     process: str = "no answer"
     code: int = 0
     now: float = 0.0
+    finished: bool = False
     detail: str = ""  # what the cloud says about the newest
 
 
@@ -73,6 +77,8 @@ def next_step(note: Note, look: Look) -> Step:
     """The one thing to do now."""
     if note.asked == "over":
         return Step("over", note, note.attempt)
+    if look.finished and look.process != "running" and not note.end:
+        note = replace(note, end="done")
     newest = max([note.attempt, *look.resources])
     if newest > note.attempt:  # asked for by a launcher whose note is lost
         note = replace(note, attempt=newest, asked="create", trained=False)
@@ -106,7 +112,7 @@ def cancelled(note: Note, now: float) -> Note:
 
 def _absent(note: Note, now: float) -> Step:
     """Nothing exists: either that is the end, or a resource is asked for, under a new number if it ever was one."""
-    if note.asked != "create" and note.missing == 0:  # one listing may be wrong, and two resources cost twice
+    if (note.end or note.asked != "create") and note.missing == 0:  # one listing may be wrong, which would cost
         return Step("wait", replace(note, missing=1), note.attempt)
     if note.end:
         return Step("over", replace(note, asked="over"), note.attempt, _last_words(note))
@@ -150,7 +156,7 @@ def _ended(note: Note, look: Look) -> Step:
 def _ending(note: Note, look: Look) -> Step:
     """An active resource that is not wanted any more: what runs on it may save first."""
     if note.end != "cancelled" or look.process in ("absent", "ended") or look.now >= note.stop_by:
-        return _delete(note)
+        return _delete(note, f"{note.name} has ended: deleting it" if note.end == "done" else "")
     if note.asked == "stop":
         return Step("wait", note, note.attempt)
     return Step("stop", replace(note, asked="stop"), note.attempt, f"{note.name}: saving and stopping")

@@ -41,6 +41,7 @@ echo $$ > pid
 set -e
 # --- set-up
 {setup.strip()}
+command -v slmjax
 # --- the pack
 set +e
 code={PREEMPTED}
