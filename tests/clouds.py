@@ -10,6 +10,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from experiments import base
@@ -163,3 +165,17 @@ def study(num_packs: int = 2, name: str = "tiny_study") -> Study:
     c.schedule.warmup_steps = 5
     c.log.tensorboard, c.log.log_every, c.log.eval_every = False, 10, 0
     return Study(name, config.resolve(c), axis("optim.lr", [0.01 / 2**i for i in range(num_packs)]))
+
+
+def wait_until(condition, process=None, limit_s: float = 60.0) -> None:
+    """Returns when `condition()` is so; fails when the process ends before, or after `limit_s`."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert process is None or process.poll() is None, "the launcher has ended"
+        assert time.monotonic() < deadline, f"nothing after {limit_s} s"
+        time.sleep(0.02)
+
+
+def later(condition, act) -> None:
+    """act() once `condition()` is so, while the test goes on."""
+    threading.Thread(target=lambda: (wait_until(condition), act()), daemon=True).start()

@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import clouds
 import fake_gcloud
@@ -67,16 +65,8 @@ def in_background(tmp_path, script, until, *orders):
     )
     env = os.environ | {"PYTHONPATH": f"{clouds.ROOT}{os.pathsep}{clouds.ROOT / 'tests'}"}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "OUT"), str(script)], env=env)
-    wait_until(until, process)
+    clouds.wait_until(until, process)
     return process
-
-
-def wait_until(condition, process=None, limit_s=30):
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert process is None or process.poll() is None, "the launcher has ended"
-        assert time.monotonic() < deadline, f"nothing after {limit_s} s"
-        time.sleep(0.02)
 
 
 def states(folder):
@@ -102,10 +92,8 @@ def test_each_pack_has_a_tpu_which_is_gone_at_its_end(tmp_path, cloud, script, c
 def test_a_tpu_that_is_taken_back_is_replaced_under_a_new_name(tmp_path, cloud, script):
     cloud.order("suspend")
     cloud.order("hold")
-    watcher = threading.Thread(target=lambda: (wait_until(lambda: len(created(cloud)) == 2), cloud.settle("hold")))
-    watcher.start()
+    clouds.later(lambda: len(created(cloud)) == 2, lambda: cloud.settle("hold"))
     _, folder, exit_code = launch(tmp_path, script)
-    watcher.join()
     assert exit_code == 0 and states(folder) == ["done"] and cloud.queue() == {}
     assert created(cloud) == ["0", "1"] and len(cloud.trained("begins")) == 2 and len(cloud.trained("ends")) == 1
 
@@ -197,10 +185,10 @@ def test_a_machine_that_nobody_deletes_asks_for_it_itself(tmp_path, cloud, scrip
     packs = place.packs(plan, place.folder, set())
     launchers.write_packs(packs)
     place.submit(packs, {})
-    wait_until(lambda: (place.tend(), cloud.trained("begins"))[1])
+    clouds.wait_until(lambda: (place.tend(), cloud.trained("begins"))[1])
     assert len(cloud.queue()) == 1 and cloud.calls("delete") == []
     cloud.settle("hold")
-    wait_until(lambda: cloud.calls("delete"))
+    clouds.wait_until(lambda: cloud.calls("delete"))
     assert launch(tmp_path, script)[2] == 0 and cloud.queue() == {} and created(cloud) == ["0"]
 
 
@@ -209,12 +197,8 @@ def test_a_budget_that_is_spent_deletes_the_tpu(tmp_path, cloud, script):
     folder = plan.save(tmp_path / "OUT")
     records.write_json(folder / "budget.json", {"device_hours": 1e-9})
     cloud.order("hold")
-    spender = threading.Thread(
-        target=lambda: (wait_until(lambda: cloud.trained("begins")), _spend(folder, plan.runs[0].run_id))
-    )
-    spender.start()
+    clouds.later(lambda: cloud.trained("begins"), lambda: _spend(folder, plan.runs[0].run_id))
     assert driver.run(plan, folder, tpu.Tpu(folder, script), watch=False) == 3
-    spender.join()
     assert {item["state"] for item in cloud.queue().values()} <= {"DELETING"} and len(cloud.calls("delete")) >= 1
 
 

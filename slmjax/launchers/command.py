@@ -1,5 +1,6 @@
 """Asks a command-line program of a scheduler or a cloud, in one way for all: what it prints, or one line of trouble."""
 
+import re
 import shutil
 import subprocess
 
@@ -34,7 +35,7 @@ def ask(command: list[str], timeout_s: float, missing: str) -> str:
       NoAnswer: it did not answer in time.
       BackendError: it is not there.
     """
-    name = " ".join(part for part in command[:4] if not part.startswith("-"))
+    name = " ".join(word for word in command[:5] if re.fullmatch(r"[a-z][a-z-]*", word))
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
     except FileNotFoundError:
