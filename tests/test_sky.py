@@ -141,6 +141,19 @@ def test_cancel_ends_the_jobs(tmp_path, cloud, script, capsys):
     assert launch(tmp_path, script, 2)[2] == 0 and states(folder) == ["done"] * 2
 
 
+def test_what_a_mirror_holds_comes_home(tmp_path, cloud, script):
+    """Here a folder that only the machines know."""
+    pytest.importorskip("slmjax.launchers.pull", reason="needs object stores")
+    mirror = tmp_path / "bucket" / "tiny_study"
+    plan, folder, exit_code = launch(tmp_path, script, 2, mirror=str(mirror))
+    assert exit_code == 0 and states(folder) == ["done"] * 2
+    (first, *_) = cloud.calls("launch")
+    assert f"SLMJAX_PACK={mirror}/packs/" in " ".join(first)
+    for run in plan.runs:
+        assert (mirror / run.run_id / "DONE").exists() and (folder / run.run_id / "DONE").exists()
+    assert sky.Sky(folder).mirror == str(mirror)
+
+
 @pytest.mark.slow
 def test_real_training_through_a_preemption(tmp_path, cloud, script):
     cloud.install("slmjax", "from slmjax.cli import main\nimport sys\nsys.exit(main(sys.argv[1:]))\n")

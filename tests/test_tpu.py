@@ -140,6 +140,21 @@ def test_a_set_up_that_fails_is_given_up(tmp_path, cloud, script):
     assert cloud.trained("begins") == [] and created(cloud) == ["0"]
 
 
+def test_with_a_mirror_what_is_given_up_is_so_there_too(tmp_path, cloud, script):
+    """Here a folder that only the machines know: one run gets a TPU that is taken back, and then there is none."""
+    pytest.importorskip("slmjax.launchers.pull", reason="needs object stores")
+    plan, mirror = clouds.study(1), tmp_path / "bucket" / "tiny_study"
+    folder = plan.save(tmp_path / "OUT")
+    cloud.order("hold")
+    cloud.order("suspend")
+    clouds.later(lambda: len(created(cloud)) == 1, lambda: cloud.order("refuse_create", *["no quota"] * 9))
+    assert driver.run(plan, folder, tpu.Tpu(folder, script, mirror=str(mirror)), watch=False) == 1
+    (row,) = status.study_status(folder)
+    assert row.state == "failed" and "no quota" in row.reason and row.step == 1 and cloud.queue() == {}
+    assert records.read_json(mirror / row.run_id / "status.json")["reason"] == row.reason
+    assert len(cloud.calls("create")) == 1 + tpu_machine.MAX_FAILURES, "it is not handed over again"
+
+
 # --- launchers that come and go --------------------------------------------------------------------------------------
 
 

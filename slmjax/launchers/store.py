@@ -41,12 +41,21 @@ def send(folder: Path, mirror: str | None, packs: list[Pack]) -> None:
     Raises:
       BackendError: the store did not take it.
     """
+    if mirror is not None:
+        records.write_json(folder / FILE, {"mirror": mirror})
+        copy(folder, mirror, ["study.json", "budget.json", *(f"packs/{pack.name}.json" for pack in packs)])
+
+
+def copy(folder: Path, mirror: str | None, names: list[str]) -> None:
+    """Copies those of these files that exist from the study's folder to its mirror, if it has one.
+
+    Raises:
+      BackendError: the store did not take them.
+    """
     if mirror is None:
         return
     from slmjax import paths
 
-    records.write_json(folder / FILE, {"mirror": mirror})
-    names = ["study.json", "budget.json", *(f"packs/{pack.name}.json" for pack in packs)]
     try:
         there = paths.as_path(mirror)
         for name in names:

@@ -198,6 +198,7 @@ class Tpu:
             left = {"step": 0, "total_steps": run.config.train.steps, "loss": None, "tokens_per_s": 0, "attempt": 0}
             now = {"state": "failed", "pid": os.getpid(), "time": time.time(), "reason": f"no TPU: {note.reason}"}
             records.write_json(path, left | (records.read_json(path) or {}) | now)
+            store.copy(self.folder, self.mirror, [f"{run.run_id}/status.json"])
 
     # --- commands ----------------------------------------------------------------------------------------------------
 
