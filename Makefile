@@ -7,12 +7,13 @@ JOBS ?= 2
 RUN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow slurm lint format clean
 
 help:
 	@echo "make demo       train a ladder of small models on your Python's own library, fit a scaling law, write a report"
 	@echo "make test       lint, and the tests that take seconds"
 	@echo "make test-slow  the tests that train for minutes"
+	@echo "make slurm      the tests on a real Slurm, two nodes of which it starts on this machine, and stops"
 	@echo "make lint       ruff alone; make format lets it rewrite"
 	@echo "make clean      remove .venv, caches and OUT"
 
@@ -38,6 +39,11 @@ test: lint
 
 test-slow: $(STAMP)
 	$(RUN)/python -m pytest -m slow
+
+# Needs root and Slurm's programs; on Debian: apt-get install --no-install-recommends slurm-wlm slurm-client munge
+slurm: $(STAMP)
+	@$(RUN)/python tests/slurm_cluster.py check
+	$(RUN)/python -m pytest -m slurm
 
 lint: $(STAMP)
 	$(RUN)/ruff check .

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from slmjax import cli, environment, launchers, lease, records
-from slmjax.launchers import local, status
+from slmjax.launchers import budget, local, status
 
 STUDY = """
 from experiments import base
@@ -172,6 +172,57 @@ def test_logs_tell_a_run_from_start_to_end(undisturbed, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert f"starts at step {branch['branch_step']} of {branch['tags']['steps']} from {branch['parent']}" in lines[0]
     assert lines[-1].startswith("done") and "loss" in lines[-1]
+
+
+def test_what_a_process_printed_is_found(undisturbed, capfd):
+    run_id = records.load_study(undisturbed)[0]["runs"][0]["run_id"]
+    assert cli.main(["study", "logs", run_id, f"--study={undisturbed}", "--output"]) == 0
+    assert f"{run_id}" in capfd.readouterr().out
+
+
+def test_a_spent_budget_stops_the_study(study_file, tmp_path):
+    """Once it is spent, what runs is saved and stopped and nothing more begins, by whatever way it is started."""
+    study_file = f"{study_file}:long"
+    process, _, heard = finish(study_file, tmp_path, "--device_hours=1e-6")
+    assert process.returncode == 3 and "device-hours are spent, of a budget of 1e-06" in heard, heard
+    states = [row.state for row in status.study_status(tmp_path / "s")]
+    assert "preempted" in states and "done" not in states
+    before = snapshot_of(tmp_path / "s")
+    again, _, heard = finish(study_file, tmp_path)
+    assert again.returncode == 3 and "device-hours are spent" in heard
+    (pack,) = (tmp_path / "s" / "packs").glob("*.json")
+    line = [sys.executable, "-m", "slmjax", "pack", str(pack)]
+    alone = subprocess.run(line, capture_output=True, text=True, timeout=60)
+    assert alone.returncode == 1 and "device-hours are spent" in alone.stderr
+    assert snapshot_of(tmp_path / "s") == before
+
+
+def snapshot_of(folder):
+    return {path: path.read_bytes() for path in folder.glob("*/attempt-*.jsonl")}
+
+
+def test_device_hours_count_every_attempt(tmp_path):
+    """Those of a run's own devices, as far as the attempt's last line, however it ended."""
+    for attempt, (mesh, wall_s, last) in enumerate(
+        [
+            ({"population": 4, "data": 2, "fsdp": 3}, 600, "train"),
+            ({"population": 1, "data": 1, "fsdp": 1}, 3600, "end"),
+        ]
+    ):
+        lines = [
+            {"kind": "start", "mesh": mesh},
+            {"kind": last, "wall_s": wall_s / 2},
+            {"kind": last, "wall_s": wall_s},
+        ]
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r" / f"attempt-{attempt:03d}.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    (tmp_path / "r" / "status.json").write_text("{}")
+    assert budget.device_hours(tmp_path) == pytest.approx(6 * 600 / 3600 + 1)
+    assert budget.exceeded(tmp_path) is None
+    budget.set_bound(tmp_path, 2.5)
+    assert budget.exceeded(tmp_path) is None
+    budget.set_bound(tmp_path, 2.0)
+    assert "2 device-hours are spent, of a budget of 2" in budget.exceeded(tmp_path)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ report        fits a law to each model family, compares them, and writes report.
 """
 
 import difflib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_list("budgets", None, "report: FLOPs to forecast for, e.g. 1e18,1e19", flag_values=flag_values)
     absl_flags.DEFINE_string("rows", None, "compare: tag whose values are rows", flag_values=flag_values)
     absl_flags.DEFINE_string("columns", None, "compare: tag whose values are columns", flag_values=flag_values)
-    absl_flags.DEFINE_boolean("follow", False, "logs: wait for more until the run ends", flag_values=flag_values)
+    absl_flags.DEFINE_boolean("follow", False, "logs: wait for more until the run ends", short_name="f",
+                              flag_values=flag_values)  # fmt: skip
+    absl_flags.DEFINE_boolean("output", False, "logs: what the run's process has printed", flag_values=flag_values)
 
 
 def run(flags: FlagValues, args: list[str]) -> int:
@@ -240,6 +243,9 @@ def _logs(flags: FlagValues, prefix: str) -> int:
 
     folder = _folder(flags)
     run_id = status.find_run(folder, prefix).run_id
+    if flags.output:
+        command = backends.output_command(folder, run_id, flags.follow)
+        return subprocess.run(command).returncode
     for line in logs.lines(folder / run_id, as_json=flags.json, follow=flags.follow):
         print(line, flush=True)
     return 0

@@ -65,8 +65,8 @@ class Backend(Protocol):
           BackendError: it cannot be asked now; nothing may be concluded about any pack.
         """
 
-    def logs(self, name: str) -> list[str] | None:
-        """A command that shows what the pack's processes print; None where there is none."""
+    def logs(self, name: str, follow: bool) -> list[str] | None:
+        """A command that shows what the pack's processes have printed; None for a pack that it never had."""
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         """Asks these packs to save and stop; what was asked, in words a user knows it by."""
@@ -132,3 +132,8 @@ def waits_for(pack: Pack) -> set[str]:
 def has_start(folder: Path, run: Run) -> bool:
     """Whether the checkpoint is there, and complete, that this run begins from."""
     return (folder / run.parent / "checkpoints" / f"step-{run.branch_step:08d}" / "digests.json").exists()
+
+
+def show_file(path: Path, follow: bool) -> list[str]:
+    """The command that shows a log file, and with `follow` what comes to it; -F waits for a file that is to come."""
+    return ["tail", "-n", "+1", *(["-F"] if follow else []), str(path)]

@@ -45,6 +45,21 @@ def in_hand(folder: Path) -> tuple[dict[str, tuple[str, Seen]], list[str]]:
     return found, troubles
 
 
+def output_command(folder: Path, run_id: str, follow: bool) -> list[str]:
+    """A command that shows what the processes of a run's pack have printed, where it was handed over last.
+
+    Raises:
+      ConfigError: no launcher has started it.
+    """
+    packs = [path for path in folder.glob("packs/*.json") if run_id in path.read_text()]
+    for path in sorted(packs, key=lambda path: -path.stat().st_mtime):
+        for name in (*submissions.backends(folder), "local"):
+            command = open_backend(name, folder).logs(path.stem, follow)
+            if command is not None:
+                return command
+    raise ConfigError(f"no process of run {run_id} has been started by a launcher of {folder}")
+
+
 def cancel(folder: Path) -> list[str]:
     """Asks everything that trains runs of this study to save and stop, and its launcher to leave; what was asked.
 

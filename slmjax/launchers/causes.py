@@ -9,11 +9,15 @@ CAUSES = (
     ("no machine", r"^no TPU: ", "see launch/README.md on quota and zones, then run it again"),
     (
         "out of memory",
-        r"RESOURCE_EXHAUSTED|MemoryError|out of memory|OUT_OF_MEMORY|oom",
+        r"RESOURCE_EXHAUSTED|MemoryError|out of memory|OUT_OF_MEMORY",
         "fewer rows at a time: raise optim.micro_batches",
     ),
     ("disk", r"No space left|Disk quota|OSError|Errno (5|28|122)\b", "free space, then run it again"),
-    ("data", r"DataError|FileNotFoundError|was trained on .* and the data are now", "mend the data, then run it again"),
+    (
+        "data",
+        r"DataError|data\.sources|FileNotFoundError|was trained on .* and the data are now",
+        "mend the data, then run it again",
+    ),
     ("config", r"ConfigError|planned by another version", "change the study's file"),
     ("checkpoints", r"CheckpointError", "see the folder of its checkpoints"),
     ("in use", r"LeaseError", "another process trains it"),
@@ -33,7 +37,7 @@ def cause(row: RunStatus) -> tuple[str, str] | None:
     if row.state != "failed":
         return None
     reason = row.reason or ""
-    return next(((name, advice) for name, words, advice in CAUSES if re.search(words, reason)), OTHER)
+    return next(((name, advice) for name, words, advice in CAUSES if re.search(words, reason, re.IGNORECASE)), OTHER)
 
 
 def summary(rows: list[RunStatus]) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from slmjax import environment, launchers, study
 from slmjax.launchers import Pack
-from slmjax.launchers.backend import BackendError, Seen
+from slmjax.launchers.backend import BackendError, Seen, show_file
 from slmjax.study import Study
 
 
@@ -86,8 +86,9 @@ class Local:
                 seen[path.stem] = Seen("running", f"pid {launchers.holder_of(path)}")
         return seen
 
-    def logs(self, name: str) -> list[str] | None:
-        return ["tail", "-n", "+1", "-F", str(self.folder / "packs" / f"{name}.log")]
+    def logs(self, name: str, follow: bool) -> list[str] | None:
+        path = self.folder / "packs" / f"{name}.log"
+        return show_file(path, follow) if path.exists() else None
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         asked = []

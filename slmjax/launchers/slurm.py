@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slmjax.launchers import Pack, submissions
-from slmjax.launchers.backend import BackendError, Seen, chain_packs
+from slmjax.launchers.backend import BackendError, Seen, chain_packs, show_file
 from slmjax.launchers.submissions import Submission
 from slmjax.study import Study
 
@@ -62,7 +62,8 @@ class Slurm:
     def preview(self, packs: list[Pack], after: Mapping[str, set[str]]) -> list[str]:
         self._check_script()
         planned = self._planned(packs, after, most=None)
-        return [shlex.join(self._command(submission, nodes, [])) for submission, nodes, _ in planned]
+        commands = [shlex.join(self._command(submission, nodes, [])) for submission, nodes, _ in planned]
+        return [*commands, f"# {self.script}:", self.script.read_text().rstrip()]
 
     def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
         self._check_script()
@@ -80,11 +81,9 @@ class Slurm:
             seen[name] = Seen(state, f"{task.job} {task.nodes}".strip(), note)
         return seen
 
-    def logs(self, name: str) -> list[str] | None:
-        for submission in reversed(submissions.unfinished(self.folder, self.name)):
-            if name in submission.packs:
-                return ["tail", "-n", "+1", "-F", str(self._output(submission, str(submission.packs.index(name))))]
-        return None
+    def logs(self, name: str, follow: bool) -> list[str] | None:
+        submission = submissions.newest(self.folder, self.name, name)
+        return submission and show_file(self._output(submission, str(submission.packs.index(name))), follow)
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         queue = self._queue()
@@ -145,7 +144,7 @@ class Slurm:
             return {}
         said = _ask(["squeue", "--array", "--noheader", f"--name={','.join(known)}", f"--format={SQUEUE_FORMAT}"])
         found = {}
-        for line in said.splitlines():
+        for line in filter(str.strip, said.splitlines()):
             name, job, task, state, reason, nodes = line.strip().split("|")
             if name in known and task.isdigit():
                 pack = known[name].packs[int(task)]

@@ -59,9 +59,18 @@ def read(path: Path) -> Submission:
 
 def unfinished(folder: Path, backend: str) -> list[Submission]:
     """The submissions to a backend, oldest first, that have packs with unfinished runs."""
+    return [s for s in _of(folder, backend) if any(_is_left(folder, name) for name in s.packs)]
+
+
+def newest(folder: Path, backend: str, pack: str) -> Submission | None:
+    """The last submission of a pack to a backend."""
+    return next((s for s in reversed(_of(folder, backend)) if pack in s.packs), None)
+
+
+def _of(folder: Path, backend: str) -> list[Submission]:
+    """Oldest first."""
     found = [read(path) for path in (folder / "submissions").glob("*.json")]
-    found = [s for s in found if s.backend == backend and any(_is_left(folder, name) for name in s.packs)]
-    return sorted(found, key=lambda submission: (submission.time, submission.name))
+    return sorted((s for s in found if s.backend == backend), key=lambda s: (s.time, s.name))
 
 
 def _is_left(folder: Path, name: str) -> bool:
