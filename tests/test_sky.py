@@ -170,6 +170,7 @@ def test_the_dry_run_prints_every_command(tmp_path, cloud, script):
     lines = driver.preview(clouds.study(1), folder, sky.Sky(folder, script, arguments="--gpus H100:8"))
     pack = lines[0].split()[1].rstrip(":")
     assert lines[1].startswith(f"sky jobs launch {script} --name slmjax-tiny_study-")
+    assert lines[2:] == [f"# {script}:", TASK.rstrip()]
     assert lines[1].endswith(f"--env SLMJAX_PACK={folder}/packs/{pack}.json --env SLMJAX_STUDY=tiny_study "
                              "--detach-run --yes --gpus H100:8")  # fmt: skip
     assert cloud.calls() == [] and not folder.exists()
@@ -184,6 +185,7 @@ def test_a_job_that_never_came_is_given_up_after_a_while(tmp_path, cloud, script
     launchers.write_packs([pack])
     submissions.write(folder, submissions.plan(folder, "sky", [pack]))
     assert place.poll()[pack.name].state == "waiting"
+    assert place.logs(pack.name, True)[:4] == ["sky", "jobs", "logs", "--name"] and place.logs("other", True) is None
     monkeypatch.setattr(sky, "SETTLE_S", 0.0)
     assert place.poll() == {}
 

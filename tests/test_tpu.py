@@ -201,10 +201,14 @@ def test_a_machine_that_nobody_deletes_asks_for_it_itself(tmp_path, cloud, scrip
     launchers.write_packs(packs)
     place.submit(packs, {})
     clouds.wait_until(lambda: (place.tend(), cloud.trained("begins"))[1])
+    printed = subprocess.run(place.logs(packs[0].name, follow=False), capture_output=True, text=True)
+    assert printed.stdout.endswith("slmjax\n"), "where the command was found, before it is run"
+    assert place.logs("other", follow=False) is None
     assert len(cloud.queue()) == 1 and cloud.calls("delete") == []
     cloud.settle("hold")
     clouds.wait_until(lambda: cloud.calls("delete"))
     assert launch(tmp_path, script)[2] == 0 and cloud.queue() == {} and created(cloud) == ["0"]
+    assert place.logs(packs[0].name, follow=True)[0] == "echo"
 
 
 def test_a_budget_that_is_spent_deletes_the_tpu(tmp_path, cloud, script):

@@ -55,7 +55,8 @@ class Sky:
     def preview(self, packs: list[Pack], after: Mapping[str, set[str]]) -> list[str]:
         self._check_script()
         planned = [submissions.plan(self.folder, self.name, [pack], earlier=i) for i, pack in enumerate(packs)]
-        return [shlex.join(self._command(submission)) for submission in planned]
+        commands = [shlex.join(self._command(submission)) for submission in planned]
+        return [*commands, f"# {self.script}:", self.script.read_text().rstrip()]
 
     def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
         self._check_script()
@@ -86,11 +87,10 @@ class Sky:
                 seen[submission.packs[0]] = _seen(job)
         return seen
 
-    def logs(self, name: str) -> list[str] | None:
-        for submission in reversed(submissions.unfinished(self.folder, self.name)):
-            if name in submission.packs:
-                return ["sky", "jobs", "logs", "--name", submission.name]
-        return None
+    def logs(self, name: str, follow: bool) -> list[str] | None:
+        submission = submissions.newest(self.folder, self.name, name)
+        how = "--follow" if follow else "--no-follow"
+        return submission and ["sky", "jobs", "logs", "--name", submission.name, how]
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         """SkyPilot ends the machines at once: what a run has saved last is what it goes on from."""

@@ -112,11 +112,15 @@ class Tpu:
                 self._do(step, settings)
         return lines
 
-    def logs(self, name: str) -> list[str] | None:
-        for note, settings in reversed(self._notes()):
-            if note.pack == name and note.asked != "over":
-                return _ssh(note.name, settings, tpu_remote.follow(note.name), worker="0")
-        return None
+    def logs(self, name: str, follow: bool) -> list[str] | None:
+        """Of the first worker, while its TPU is there."""
+        found = [(note, settings) for note, settings in self._notes() if note.pack == name]
+        if not found:
+            return None
+        note, settings = max(found, key=lambda one: one[0].since)
+        if note.asked == "over":
+            return ["echo", f"{note.name} is deleted, and with it what was printed there"]
+        return _ssh(note.name, settings, tpu_remote.show(note.name, follow), worker="0")
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         """Lets the packs save, for a few minutes at most, and sees their resources gone."""

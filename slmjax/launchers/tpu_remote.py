@@ -85,5 +85,5 @@ mkdir stopped 2>/dev/null && kill -TERM "$(cat pid)"
 echo slmjax stopping"""
 
 
-def follow(name: str) -> str:
-    return f"tail -n +1 -F {folder(name)}/log"
+def show(name: str, follow: bool) -> str:
+    return f"tail -n +1 {'-F ' * follow}{folder(name)}/log"
