@@ -2,7 +2,8 @@
 
 A queued resource waits, is provisioned and active, one step at each listing. Orders: `refuse_create` (its line is the
 error), `lose_create` (done, but told as an error), `fail` (its line is why), `stay` (in the queue), `suspend` (once it
-trains), `ssh_down`, `list_down`, `lose_delete` (not done), `workers` (how many a machine has).
+trains), `ssh_down`, `start_down` (of ssh, what begins a pack), `list_down`, `lose_delete` (not done), `workers` (how
+many a machine has).
 """
 
 SOURCE = """
@@ -76,7 +77,11 @@ def delete(name):
     kill_machine(name)
     write(name, state="DELETING")
 
-def ssh(name):
+def ssh(login):
+    user, _, name = login.partition("@")
+    assert user == "slmjax", login
+    if "run.part" in value("--command") and ordered("start_down"):
+        sys.exit(1)
     if ordered("ssh_down") or read().get(name, {}).get("state") != "ACTIVE":
         print("ssh: connect to host port 22: Connection timed out", file=sys.stderr)
         sys.exit(255)

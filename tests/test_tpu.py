@@ -122,6 +122,7 @@ def test_trouble_on_the_way_ends_well(tmp_path, cloud, script, orders):
         ("fail", "no capacity in the zone", 3),
         ("refuse_create", "ERROR: RESOURCE_EXHAUSTED: Quota limit is 0", 3),
         ("refuse_create", "ERROR: INVALID_ARGUMENT: unknown accelerator type", 1),
+        ("start_down", "did not start", 1),
     ],
 )
 def test_what_cannot_be_had_is_given_up_with_the_reason(tmp_path, cloud, script, order, line, times):
@@ -238,13 +239,26 @@ def test_the_dry_run_prints_every_command(tmp_path, cloud, script):
         "queued-resources create slmjax-tiny-study-",
         "--accelerator-type=v5litepod-8",
         "--spot",
-        "tpu-vm ssh slmjax-tiny-study-",
+        "tpu-vm ssh slmjax@slmjax-tiny-study-",
         "echo set up >> setups",
         f"slmjax pack {tmp_path}/OUT/tiny_study/packs/{lines[0].split()[1].rstrip(':')}.json --distributed",
         "queued-resources delete slmjax-tiny-study-",
     ):
         assert part in text, part
     assert cloud.calls() == [] and not (tmp_path / "OUT").exists()
+
+
+def test_the_command_line_prints_it_and_loads_neither_jax_nor_sky(tmp_path, cloud, script):
+    code = (
+        "import sys, slmjax.launchers.sky, slmjax.cli\nassert slmjax.cli.main(sys.argv[1:]) == 0\n"
+        "assert not {'jax', 'sky'} & set(sys.modules)"
+    )
+    line = ["study", "run", "--study=wsd_ladder:tiny", f"--out={tmp_path}", "--on=tpu", f"--script={script}"]
+    line += ["--mirror=gs://b/OUT/wsd_ladder_tiny", "--arguments=--reserved", "--dry_run"]
+    done = subprocess.run([sys.executable, "-c", code, *line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "slmjax pack gs://b/OUT/wsd_ladder_tiny/packs/" in done.stdout and " --reserved\n" in done.stdout
+    assert cloud.calls() == []
 
 
 @pytest.mark.parametrize(
@@ -273,6 +287,7 @@ def test_workers_speak_for_all():
     for output, meant in {
         "": ("no answer", 0),
         lines["running"] + "slmjax ended 0\n": ("running", 0),
+        lines["running"] + lines["absent"]: ("absent", 0),
         lines["absent"] + "slmjax ended 0\n": ("absent", 0),
         "slmjax ended 0\nslmjax ended 0\n": ("ended", 0),
         "slmjax ended 3\nslmjax ended 1\n": ("ended", 1),

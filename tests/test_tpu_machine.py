@@ -29,7 +29,7 @@ def test_every_state_after_every_deed():
             assert do(asked, state) == ("wait", 2), (asked, state)
         for state in ("SUSPENDED", "FAILED"):
             assert do(asked, state) == ("delete", 2), (asked, state)
-        assert do(asked, "ACTIVE", "absent") == ("start", 2)
+        assert do(asked, "ACTIVE", "absent") == do(asked, "ACTIVE", "absent", trained=True) == ("start", 2)
         assert do(asked, "ACTIVE", "running") == do(asked, "ACTIVE", "no answer") == ("wait", 2)
         for code in (0, 1, 2, 4, 137):
             assert do(asked, "ACTIVE", "ended", code) == ("delete", 2), code
@@ -80,6 +80,15 @@ def test_failures_pause_and_end():
     assert "no quota" in seen_twice.say
     assert tpu_machine.refused(Note("r", "p"), "PERMISSION_DENIED", 0.0).end == "gave up"
     assert tpu_machine.refused(Note("r", "p", end="cancelled"), "PERMISSION_DENIED", 0.0).end == "cancelled"
+
+
+def test_a_start_that_comes_to_nothing_ends():
+    note = Note("r", "p", asked="create")
+    for _ in range(tpu_machine.MAX_FAILURES):
+        step = next_step(note, Look({0: "ACTIVE"}, "absent"))
+        assert step.do == "start"
+        note = step.note
+    assert next_step(note, Look({0: "ACTIVE"}, "absent")).note.end == "gave up"
 
 
 def test_silence_is_taken_for_a_loss():

@@ -32,6 +32,7 @@ ASK_TIMEOUT_S = 120.0
 LOCK_WAIT_S = 300.0
 CANCEL_WAIT_S = tpu_machine.SAVE_S + 120.0
 MISSING = "install the Google Cloud CLI and log in, see launch/README.md"
+USER = "slmjax"  # on the machines: the same from whichever machine a launcher runs on, and so the same home
 RESOURCES = ["gcloud", "compute", "tpus", "queued-resources"]
 
 
@@ -269,5 +270,6 @@ def _delete(name: str, settings: Settings) -> list[str]:
 
 
 def _ssh(name: str, settings: Settings, command: str, worker: str = "all") -> list[str]:
-    to = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", name, *settings.place, f"--worker={worker}", "--quiet"]
+    to = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", f"{USER}@{name}", *settings.place]
+    to += [f"--worker={worker}", "--quiet"]
     return [*to, f"--command={command}"]

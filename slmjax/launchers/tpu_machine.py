@@ -133,7 +133,7 @@ def _active(note: Note, look: Look) -> Step:
         calm = replace(note, asked="start", trained=True, failures=0, silent=0, reason="")
         return Step("wait", calm, note.attempt, first)
     if look.process == "absent":
-        return _start(replace(note, silent=0), "" if note.asked == "start" else f"{note.name} is there: starting")
+        return _begin(replace(note, silent=0), look.now)
     if look.process == "ended":
         return _ended(replace(note, silent=0), look)
     note = replace(note, silent=note.silent + 1)
@@ -141,6 +141,13 @@ def _active(note: Note, look: Look) -> Step:
         return Step("wait", note, note.attempt)
     what = f"{note.name} does not answer"
     return _delete(_failed(note, what, look.now), what)
+
+
+def _begin(note: Note, now: float) -> Step:
+    if note.asked != "start":
+        return _start(note, f"{note.name} is there: starting")
+    note = _failed(note, f"{note.name} did not start", now)
+    return _delete(note, note.reason) if note.end else _start(replace(note, trained=False))
 
 
 def _ended(note: Note, look: Look) -> Step:
@@ -162,7 +169,7 @@ def _ending(note: Note, look: Look) -> Step:
     return Step("stop", replace(note, asked="stop"), note.attempt, f"{note.name}: saving and stopping")
 
 
-def _start(note: Note, say: str) -> Step:
+def _start(note: Note, say: str = "") -> Step:
     return Step("start", replace(note, asked="start"), note.attempt, say)
 
 

@@ -64,15 +64,17 @@ else echo slmjax running; fi"""
 
 
 def said(output: str) -> tuple[str, int]:
-    """What all workers together are doing, and their exit code if they have ended; `no answer` without a line."""
+    """What all workers together are doing, and their exit code if they have ended; `no answer` without a line.
+
+    A worker that has not begun comes first: beginning again is nothing to the others.
+    """
     lines = [(found[1].split()[0], int(found[2] or 0)) for found in REPLY.finditer(output)]
     states, codes = {state for state, _ in lines}, {code for state, code in lines if state == "ended"}
     if not lines:
         return "no answer", 0
-    if "running" in states:
-        return "running", 0
-    if "absent" in states:
-        return "absent", 0
+    for state in ("absent", "running"):
+        if state in states:
+            return state, 0
     if SET_UP_FAILED in codes:
         return "ended", SET_UP_FAILED
     return "ended", min(codes - {0}, default=0)
