@@ -282,6 +282,33 @@ def test_recipes_are_read(path):
     assert tpu_settings.read(path).place[0].startswith("--zone=")
 
 
+def test_what_is_sent_twice_to_a_worker_is_done_once(tmp_path, cloud):
+    (cloud.bin / "slmjax").write_text(
+        "#!/bin/bash\necho begins >> $HOME/said\ntrap 'echo TERM >> $HOME/said' TERM\n"
+        "until [ -e $HOME/go ]; do sleep 0.02; done\nexit 3\n"
+    )
+
+    def send(command):
+        done = subprocess.run(["bash", "-c", command], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True)
+        return tpu_remote.said(done.stdout.decode())
+
+    start = tpu_remote.start("n", "sleep 0.2", "p.json", ["true"])
+    said = tmp_path / "said"
+    assert send(tpu_remote.probe("n")) == ("absent", 0)
+    for _ in range(2):
+        send(start)
+    clouds.wait_until(lambda: said.exists() and send(tpu_remote.probe("n")) == ("running", 0))
+    send(start)
+    for _ in range(3):
+        send(tpu_remote.stop("n"))
+    clouds.wait_until(lambda: "TERM" in said.read_text())
+    (tmp_path / "go").touch()
+    clouds.wait_until(lambda: send(tpu_remote.probe("n")) == ("ended", 3))
+    assert said.read_text().split() == ["begins", "TERM"]
+    send(start)
+    clouds.wait_until(lambda: said.read_text().split() == ["begins", "TERM", "begins"])
+
+
 def test_workers_speak_for_all():
     lines = {"running": "slmjax running\n", "absent": "slmjax absent\n"}
     for output, meant in {
