@@ -32,7 +32,8 @@ import threading
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+
+from slmjax import processes
 
 FORMAT = 1
 PACK_LIMIT_BYTES = 64 * 2**20  # beyond this the extra host copy and the single file cost more than the leaves they save
@@ -60,7 +61,7 @@ class Checkpointer:
     keep: how many of the newest steps that are not pinned stay; at least 2 leaves something to fall back to.
     async_save: hash, write and publish in a background thread; False does it all inside `save`.
     One thread may use an instance at a time; one writer per directory is the business of `lease.RunLease`. In a
-    multi-process run every process makes the same calls, on a shared file system.
+    multi-process run every process makes the same calls, on a shared file system; `close` alone waits for no other.
     """
 
     def __init__(self, directory, keep=2, async_save=True):
@@ -82,15 +83,9 @@ class Checkpointer:
         Raises CheckpointError if the previous background save failed (nothing is saved then; call again to save),
         ValueError for a step not after the newest one, a leaf that is no array, or meta that is not JSON.
         """
-        self.wait()
-        newest = self.latest()
-        if step < 0 or (newest is not None and step <= newest):
-            raise ValueError(
-                f"step {step} is not after the newest checkpoint {newest} in {self.directory}; "
-                "a branch saves into a directory of its own"
-            )
+        processes.together(self._check_next, step)
         leaves = _named_leaves(state)
-        packed = jax.process_count() == 1 and sum(x.nbytes for x in leaves.values()) <= PACK_LIMIT_BYTES
+        packed = processes.alone() and sum(x.nbytes for x in leaves.values()) <= PACK_LIMIT_BYTES
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -99,8 +94,7 @@ class Checkpointer:
             "leaves": {name: [str(x.dtype), list(x.shape)] for name, x in leaves.items()},
             "meta": json.loads(json.dumps(meta, allow_nan=False)),
         }
-        if jax.process_index() == 0:  # Orbax's first act is a barrier: no process is ahead of this cleaning
-            self._clear(step)
+        processes.together(lambda: processes.first() and self._clear(step))
         item = {"bytes": _pack(leaves)} if packed else {name: x for name, x in leaves.items() if x.size}
         writer, target = self._writer(manifest["layout"]), self._temporary(step) / "state"
         start = functools.partial(writer.save, target, args=ocp.args.PyTreeSave(item))
@@ -126,12 +120,12 @@ class Checkpointer:
         self.wait()
         wanted = _named_leaves(abstract_state)
         if step is None:
-            step = self._agree(self._newest_good)
+            step = processes.of_first(self._newest_good)
             if step is None:
                 return None
         else:
-            self._agree(functools.partial(self._check_named, step))
-        manifest = _read_manifest(self._path(step))
+            processes.of_first(functools.partial(self._check_named, step))
+        manifest = processes.together(_read_manifest, self._path(step))
         _check_leaves(manifest["leaves"], wanted, self._path(step))
         leaves = self._read(step, manifest["layout"], manifest["leaves"], wanted)
         return step, jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values())), manifest["meta"]
@@ -146,6 +140,9 @@ class Checkpointer:
 
     def wait(self):
         """Block until the save in flight, if any, is published; raise CheckpointError if it failed."""
+        processes.together(self._join)
+
+    def _join(self):
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -159,7 +156,7 @@ class Checkpointer:
     def close(self):
         """Wait for the save in flight, then free Orbax's threads. The instance is of no use afterwards."""
         try:
-            self.wait()
+            self._join()
         finally:
             for writer in self._writers.values():
                 writer.close()
@@ -173,6 +170,16 @@ class Checkpointer:
 
     # ---- writing ---------------------------------------------------------------------------------
 
+    def _check_next(self, step):
+        """Raises where `step` cannot be saved now."""
+        self._join()
+        newest = self.latest()
+        if step < 0 or (newest is not None and step <= newest):
+            raise ValueError(
+                f"step {step} is not after the newest checkpoint {newest} in {self.directory}; "
+                "a branch saves into a directory of its own"
+            )
+
     def _finish(self, step, manifest, start):
         """Background half of `save`: write (packed), wait for Orbax, hash, publish, collect garbage."""
         work = self._temporary(step)
@@ -180,7 +187,7 @@ class Checkpointer:
             if start is not None:
                 start()
             self._writer(manifest["layout"]).wait_until_finished()
-            if jax.process_index() == 0:
+            if processes.first():
                 _write_manifest(work, manifest | {"files": _digest_files(work)})
                 os.rename(work, self._path(step))
                 _fsync(self.directory)
@@ -189,7 +196,7 @@ class Checkpointer:
         except BaseException as error:
             log.error("saving step %d in %s failed: %s", step, self.directory, error)
             self._failure = (step, error)
-            if jax.process_index() == 0:
+            if processes.first():
                 shutil.rmtree(work, ignore_errors=True)  # on a full disk the space is needed now
 
     def _clear(self, step):
@@ -251,21 +258,6 @@ class Checkpointer:
             _verify(self._path(step))
         except _Bad as error:
             raise CheckpointError(f"step {step} in {self.directory} is damaged: {error}") from error
-
-    def _agree(self, choose):
-        """choose() on process 0, its step or its CheckpointError on all."""
-        if jax.process_count() == 1:
-            return choose()
-        step, error = None, None
-        if jax.process_index() == 0:
-            try:
-                step = choose()
-            except (CheckpointError, OSError) as e:
-                error = e
-        code = int(multihost_utils.broadcast_one_to_all(np.int32(-2 if error else -1 if step is None else step)))
-        if code == -2:
-            raise error or CheckpointError(f"process 0 refused the checkpoints in {self.directory}; see its log")
-        return None if code == -1 else code
 
     def _quarantine(self, step, reason):
         aside = self.directory / QUARANTINE

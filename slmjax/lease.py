@@ -1,4 +1,4 @@
-"""One writer per run directory: a lease on disk, taken, kept by a heartbeat from the training loop, and handed back.
+"""One writer per run directory: a lease on disk, taken, kept by the heartbeat of a thread, and handed back.
 
 Two trainers on one directory delete each other's checkpoints and log steps twice. The lease is `lease.json` in the
 run directory: who holds it, since when, and the last heartbeat. Standard library only. Never here: what the directory
@@ -12,7 +12,7 @@ matter).
 Why two takers cannot both win: reading, judging and replacing `lease.json` happen inside an flock on `.lease.lock`,
 held for milliseconds and dropped by the kernel if its owner dies. Judging without it is the classic race: A and B
 find the same dead lease, A replaces it, B replaces A. The flock is not itself the lease, because forked data workers
-would inherit it and outlive the trainer.
+would inherit it and outlive the trainer. For the same reason nothing forks while the thread holds it.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ import os
 import pathlib
 import socket
 import subprocess
+import sys
+import threading
 import time
 import uuid
 
@@ -30,7 +32,14 @@ LEASE = "lease.json"
 GUARD = ".lease.lock"
 GUARD_WAIT_S = 10.0  # the guard is held for milliseconds; longer means a frozen host or a file system without locks
 
+# What a killed holder's run waits for on another host. The heartbeat comes four times as often, from a thread, so that
+# compiling, restoring or tokenizing for an hour costs nothing; what is left is a file system that stands still.
+TTL_S = 90.0
+POLL_S = 1.0  # how often a lease that is waited for is looked at
+
 log = logging.getLogger(__name__)
+_guarding = threading.RLock()
+os.register_at_fork(before=_guarding.acquire, after_in_parent=_guarding.release, after_in_child=_guarding.release)
 
 
 class LeaseError(RuntimeError):
@@ -40,18 +49,20 @@ class LeaseError(RuntimeError):
 class RunLease:
     """Context manager: the sole writer of `run_dir` (created if missing) for the length of the block.
 
-    ttl_s: after this many seconds without a heartbeat another *host* may take over; hosts must call `beat` more often
-    than that, compilation and restore included. On one host a dead holder is noticed at once and the ttl plays no
-    part. Entering raises LeaseError naming the holder when it is alive or cannot be judged. In a multi-process run
-    process 0 takes it.
+    ttl_s: after this many seconds without a heartbeat another *host* may take over. On one host a dead holder is
+    noticed at once and the ttl plays no part. Entering raises LeaseError naming the holder when it is alive or cannot
+    be judged (`wait_for` waits for those first). In a multi-process run process 0 takes it.
     """
 
-    def __init__(self, run_dir, ttl_s=300.0):
+    def __init__(self, run_dir, ttl_s=TTL_S):
         if not ttl_s > 0:
             raise ValueError(f"ttl_s={ttl_s} must be a positive number of seconds")
         self.run_dir, self.ttl_s = pathlib.Path(run_dir).absolute(), float(ttl_s)
         self._token = None
         self._since = self._last_beat = 0.0
+        self._lost = None  # what the thread met
+        self._released = threading.Event()
+        self._thread = None
 
     def __enter__(self):
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -62,25 +73,55 @@ class RunLease:
                 self._judge(holder)
                 log.warning("taking over %s from a dead writer (%s)", self.run_dir, _describe(holder))
             self._write(token)
-        self._token = token
+        self._token, self._lost = token, None
+        self._released.clear()
+        self._thread = threading.Thread(target=self._keep, name=f"lease {self.run_dir.name}", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *exc):
+        self._released.set()
+        self._thread.join()
         with self._guard():
             if self._is_ours():  # a forked child and a holder that lost its lease leave the file alone
                 os.unlink(self.run_dir / LEASE)
         self._token = None
 
     def beat(self):
-        """Call at every step; writes four times per ttl. Raises LeaseError if another writer took over."""
-        if time.monotonic() - self._last_beat < self.ttl_s / 4:
-            return
+        """Call at every step: raises LeaseError if another writer took over. Renews the lease too, where the thread is
+        late."""
+        if self._lost is not None:
+            raise self._lost
+        if time.monotonic() - self._last_beat >= self.ttl_s / 4:
+            self._renew()
+
+    def _keep(self):
+        while not self._released.wait(self.ttl_s / 4):
+            try:
+                self._renew()
+            except LeaseError as error:
+                self._lost = error
+                return
+            except OSError as error:  # a full disk may have room by the next time
+                log.warning("no heartbeat in %s: %s", self.run_dir, error)
+
+    def _renew(self):
         with self._guard():
             if not self._is_ours():
                 holder = self._holder()
                 now = f"it is held by {_describe(holder)}" if holder else f"{LEASE} is gone"
                 raise LeaseError(f"{self.run_dir} was lost to another writer: {now}; stop writing there")
             self._write(self._token)
+
+    def left_s(self):
+        """How long a lease that is held elsewhere lasts without another heartbeat; 0 where entering decides at once."""
+        if not (self.run_dir / LEASE).exists():
+            return 0.0
+        with contextlib.suppress(LeaseError), self._guard():  # entering will say what is wrong with it
+            holder = self._holder()
+            if holder is not None and holder["place"] != _place():
+                return max(0.0, holder["ttl_s"] - self._age_s())
+        return 0.0
 
     def _write(self, token):
         now = time.time()
@@ -144,6 +185,10 @@ class RunLease:
 
     @contextlib.contextmanager
     def _guard(self):
+        with _guarding:
+            yield from self._flock()
+
+    def _flock(self):
         fd = os.open(self.run_dir / GUARD, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             deadline = time.monotonic() + GUARD_WAIT_S
@@ -164,6 +209,25 @@ class RunLease:
             yield
         finally:
             os.close(fd)  # drops the lock
+
+
+def wait_for(run_dirs):
+    """Waits for directories held on another host to be handed back, or for as long as the lease of a killed holder
+    lasts, and says so once. A holder that lives is not waited for any longer: entering refuses it."""
+    leases = [RunLease(run_dir) for run_dir in run_dirs]
+    held = {lease: left_s for lease in leases if (left_s := lease.left_s()) > 0}
+    if not held:
+        return
+    longest_s = max(held.values())
+    print(
+        f"{len(held)} of {len(leases)} runs held on another host, as {next(iter(held)).run_dir}: waiting up to "
+        f"{longest_s:.0f} s for them to be handed back, or their holder to be given up",
+        file=sys.stderr,
+        flush=True,
+    )
+    deadline = time.monotonic() + longest_s + POLL_S
+    while time.monotonic() < deadline and any(lease.left_s() > 0 for lease in held):
+        time.sleep(POLL_S)
 
 
 def _describe(holder):
@@ -188,6 +252,8 @@ def _process_start(pid):
         except (FileNotFoundError, ProcessLookupError):
             return None
         state, *fields = stat.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-        return None if state in "ZX" else fields[18]  # starttime, in clock ticks since boot
+        # A zombie among whose threads some are still ending has its files open: it may write once more.
+        gone = state in "ZX" and int(fields[16]) <= 1  # num_threads
+        return None if gone else fields[18]  # starttime, in clock ticks since boot
     found = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
     return found.stdout.strip() or None

@@ -1,21 +1,22 @@
-"""One run while it trains: its folder, lease, records, checkpoints and data. The devices' side of it is `train`'s."""
+"""One run while it trains: its folder, lease, records, checkpoints and data. The devices' side of it is `train`'s.
+
+Where several processes train it, each has a Member that comes to the same decisions at the same steps, and that of
+process 0 alone takes the lease and writes. Whatever may fail in one of them is done `processes.together`.
+"""
 
 import contextlib
-import platform
-import subprocess
-import sys
 import time
 import traceback
-from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from slmjax import config, data, evaluate, ladder, models, records, schedules, upcycle
+from slmjax import config, data, evaluate, ladder, models, processes, records, schedules, upcycle
 from slmjax.checkpoint import Checkpointer
 from slmjax.lease import LeaseError, RunLease
 from slmjax.program import Metrics, Program
+from slmjax.provenance import provenance
 from slmjax.study import Run
 from slmjax.tensorboard import TensorBoard
 
@@ -40,17 +41,26 @@ class Member:
         self.inherited = {}  # of an upcycled run: the tokens and FLOPs of the dense steps it began from
         self.began = self.read_at = self.saved_at = time.monotonic()
         self.status_at = 0.0
+        self.told_to_save = False  # by process 0, whose clock says that a checkpoint is due
+        self.writes = processes.first()
         self._open = contextlib.ExitStack()
-        self.lease = self._open.enter_context(RunLease(self.folder))
+        self.lease = RunLease(self.folder) if self.writes else None
+        processes.together(lambda: self.lease and self._open.enter_context(self.lease))
 
     def open(self) -> None:
         """Opens data, checkpoints and records.
 
         Raises:
           ConfigError: the data or tokenizer is not what an earlier attempt trained on, or has another vocabulary.
+          DisagreementError: other processes have other data.
         """
+        processes.together(self._open_data)
+        processes.require_same({f"data.{name}": value for name, value in self.dataset.fingerprint.items()})
+        processes.together(self._open_records)
+
+    def _open_data(self) -> None:
         cfg = self.run.config
-        self.writer = records.RunWriter(self.folder)
+        self.writer = records.RunWriter(self.folder) if self.writes else records.SilentWriter()
         self._open.callback(self.writer.close)
         self.dataset = data.open_dataset(cfg)
         if self.dataset.vocab_size > ladder.vocab_size(cfg):
@@ -58,6 +68,9 @@ class Member:
                 f"model.vocab_size={ladder.vocab_size(cfg)} is smaller than the data's "
                 f"{self.dataset.vocab_size} tokens; use 0 to take the data's"
             )
+
+    def _open_records(self) -> None:
+        cfg = self.run.config
         before = records.read_json(self.folder / "provenance.json")
         if before and before["data"] != self.dataset.fingerprint:
             raise config.ConfigError(
@@ -67,9 +80,10 @@ class Member:
         self.checkpoints = self._open.enter_context(
             Checkpointer(self.folder / "checkpoints", keep=cfg.log.keep_checkpoints)
         )
-        records.write_json(self.folder / "config.json", config.to_dict(cfg))
-        records.write_json(self.folder / "provenance.json", {**provenance(), "data": self.dataset.fingerprint})
-        self.tensorboard = TensorBoard(self.folder / "tb", enabled=cfg.log.tensorboard)
+        if self.writes:
+            records.write_json(self.folder / "config.json", config.to_dict(cfg))
+            records.write_json(self.folder / "provenance.json", {**provenance(), "data": self.dataset.fingerprint})
+        self.tensorboard = TensorBoard(self.folder / "tb", enabled=cfg.log.tensorboard and self.writes)
         self._open.callback(self.tensorboard.close)
 
     def restore(self, source: Path | None = None):
@@ -82,14 +96,16 @@ class Member:
             self.step, state, meta = found
             self.saved_step, self.inherited = self.step, _inherited(meta)
         else:
-            donor, step = shared_checkpoint(cfg, self.folder, self.dataset.fingerprint)
+            donor, step = processes.of_first(lambda: shared_checkpoint(cfg, self.folder, self.dataset.fingerprint))
             if donor is not None:
-                with Checkpointer(donor / "checkpoints") as other:
+                with Checkpointer(self.folder.parent / donor / "checkpoints") as other:
                     self.step, state, meta = other.restore(self.program.abstract_member, step)
                 self.inherited = _inherited(meta)
             elif cfg.start.run:
                 source = source or self.folder.parent / cfg.start.run
                 state, tokens, flops = upcycle.begin(source, cfg, self.program, self.dataset.fingerprint)
+                if not processes.alone():  # made in each of them, on its own devices
+                    state = jax.tree.map(np.asarray, state)
                 self.step, self.inherited = cfg.start.step, {"inherited_tokens": tokens, "inherited_flops": flops}
             else:
                 return None
@@ -100,6 +116,10 @@ class Member:
         cfg = self.run.config
         counts = models.count_params(self.program.model.specs, cfg.model)
         self.first_step = self.logged_step = self.step
+        processes.together(self._write_start, counts)
+
+    def _write_start(self, counts) -> None:
+        cfg = self.run.config
         self.writer.write(
             "start",
             time=time.time(),
@@ -154,13 +174,18 @@ class Member:
         return self.at_end or self.diverging or self.checkpoint_due or self.evaluation_due
 
     @property
+    def overdue(self) -> bool:
+        """Whether this process's clock says that it is time for a checkpoint."""
+        return time.monotonic() - self.saved_at > CHECKPOINT_INTERVAL_S
+
+    @property
     def checkpoint_due(self) -> bool:
         cfg = self.run.config
         # What another run's checkpoint began is saved there, unless there is nothing to add to it.
         if self.step == self.saved_step or (self.step == self.first_step and not self.at_end):
             return False
         every = cfg.log.checkpoint_every
-        by_clock = not every and time.monotonic() - self.saved_at > CHECKPOINT_INTERVAL_S
+        by_clock = not every and (self.overdue if processes.alone() else self.told_to_save)
         by_step = every and self.step % every == 0
         return by_clock or by_step or self.step in (*self.run.save_steps, cfg.train.steps)
 
@@ -172,11 +197,24 @@ class Member:
 
     def log(self, first: int, metrics: Metrics) -> None:
         """Records the steps first..first+n-1 from metrics of shape [n]."""
-        cfg, now = self.run.config, time.monotonic()
-        count = len(metrics.loss)
+        count, now = len(metrics.loss), time.monotonic()
         self.tokens_per_s = count * self.tokens_per_step / max(now - self.read_at, 1e-9)
         self.read_at = now
-        for i in range(count):
+        # What is decided by comes before what is written: a write that fails here fails in this process alone.
+        self.loss, self.logged_step = float(metrics.loss[-1]), first + count
+        self.num_skipped = int(metrics.skipped[-1])
+        # The longest row of skips, which need not be the last: what diverges must not hang on where dispatches end.
+        self.most_consecutive = max(self.most_consecutive, int(np.max(metrics.consecutive)))
+        if self.writes:
+            self._write_steps(first, metrics)
+            self.lease.beat()
+        if now - self.status_at > STATUS_INTERVAL_S:
+            self.status_at = now
+            self.writer.status("running", **self._progress())
+
+    def _write_steps(self, first: int, metrics: Metrics) -> None:
+        cfg, now = self.run.config, self.read_at
+        for i in range(len(metrics.loss)):
             step = first + i + 1
             if step % cfg.log.log_every and step != cfg.train.steps:
                 continue
@@ -198,14 +236,6 @@ class Member:
                 self.tensorboard.scalars(step, _by_level(name, values[i]), "train")
             for name, values in metrics.auxiliary.items():
                 self.tensorboard.scalars(step, _by_layer(cfg.model, values[i]), f"router/{name}")
-        self.loss, self.logged_step = float(metrics.loss[-1]), first + count
-        self.num_skipped = int(metrics.skipped[-1])
-        # The longest row of skips, which need not be the last: what diverges must not hang on where dispatches end.
-        self.most_consecutive = max(self.most_consecutive, int(np.max(metrics.consecutive)))
-        self.lease.beat()
-        if now - self.status_at > STATUS_INTERVAL_S:
-            self.status_at = now
-            self.writer.status("running", **self._progress())
 
     def evaluated(self, nll_M: np.ndarray, weight_M: np.ndarray) -> None:
         """Records a held-out evaluation from each row's summed loss and weight."""
@@ -215,10 +245,13 @@ class Member:
             **evaluate.summary(nll_M, weight_M, self.dataset.bytes_per_token),
             "phase": self.phase,
         }
+        processes.together(self._write_eval)
+        self.read_at = time.monotonic()
+
+    def _write_eval(self) -> None:
         self.writer.write("eval", **self.eval)
         scalars = {key: self.eval[key] for key in ("loss", "bits_per_byte") if self.eval[key] is not None}
         self.tensorboard.scalars(self.step, scalars, "eval")
-        self.read_at = time.monotonic()
 
     def save(self, state) -> None:
         cfg = self.run.config
@@ -228,24 +261,28 @@ class Member:
         self.checkpoints.save(self.step, state, meta, pinned=pinned)
         if self.step in self.run.save_steps:
             self.checkpoints.wait()  # saved_step tells branches that they can start, and they read it at once
-        self.saved_step, self.saved_at = self.step, time.monotonic()
+        self.saved_step, self.saved_at, self.told_to_save = self.step, time.monotonic(), False
 
     def finish(self, state: str, reason: str | None = None) -> None:
         """Ends the attempt; "done" only once its checkpoint is on disk."""
         self.checkpoints.wait()
+        processes.together(self._finish, state, reason)
+        self.close()
+
+    def _finish(self, state: str, reason: str | None) -> None:
         final = self.eval if self.eval and self.eval["step"] == self.step else {}
         self._end(state, reason, final, self.dataset.epochs_at(self.step))
         if state == "done":  # last of all: nothing more is written to a folder that says DONE
             counts = models.count_params(self.program.model.specs, self.run.config.model).to_dict()
             self.tensorboard.hparams(self.run.config, counts, final)
             self.writer.done()
-        self.close()
 
     def fail(self, error: Exception) -> None:
         """Ends the attempt with an error's reason; its traceback goes to error.txt in the run's folder."""
         self.state, self.reason = "failed", f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # what failed may be the disk; the caller has the reason in any case
-            if not isinstance(error, LeaseError):  # lost to another writer, whose folder it is now
+            # A lost lease: lost to another writer, whose folder it is now.
+            if self.writes and not isinstance(error, LeaseError):
                 (self.folder / "error.txt").write_text("".join(traceback.format_exception(error)))
                 if self.writer is not None:
                     self._end("failed", self.reason, {}, None)
@@ -271,6 +308,12 @@ class Member:
     def close(self) -> None:
         self._open.close()
 
+    def leave(self) -> None:
+        """Hands the lease back, and waits for nothing: a save in flight may need processes that are gone. What is open
+        stays so, for this process is about to end."""
+        if self.lease is not None:
+            self.lease.__exit__(None, None, None)
+
     def _progress(self) -> dict:
         loss = self.eval["loss"] if self.eval else self.loss
         return {
@@ -281,8 +324,8 @@ class Member:
         }
 
 
-def shared_checkpoint(cfg: config.RunConfig, folder: Path, fingerprint: dict) -> tuple[Path | None, int]:
-    """The sibling folder and step of the longest saved beginning that this run shares (`config.shared_steps`).
+def shared_checkpoint(cfg: config.RunConfig, folder: Path, fingerprint: dict) -> tuple[str | None, int]:
+    """The sibling folder's name and the step of the longest saved beginning that this run shares (`shared_steps`).
 
     fingerprint: of the run's data; a sibling that trained on others under the same name shares nothing.
     """
@@ -301,7 +344,7 @@ def shared_checkpoint(cfg: config.RunConfig, folder: Path, fingerprint: dict) ->
             continue
         steps = [s for s in Checkpointer(path.parent / "checkpoints").steps() if best[1] < s <= shared]
         if steps:
-            best = (path.parent, max(steps))
+            best = (path.parent.name, max(steps))
     return best
 
 
@@ -352,25 +395,3 @@ def _plain(value):
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
-
-
-def provenance() -> dict:
-    """Where and with what a run trains. Nothing from the environment's variables: they may hold secrets."""
-    packages = ("slmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    versions = {}
-    for name in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    root = Path(__file__).resolve().parents[1]
-    git = None
-    with contextlib.suppress(OSError):  # no git on this machine
-        command = ["git", "-C", root, "describe", "--always", "--dirty"]
-        git = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {
-        "argv": sys.argv,
-        "git": git,
-        "versions": versions,
-        "python": platform.python_version(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "time": time.time(),
-    }

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slmjax import ladder, models, objectives, optim, sharding
+from slmjax import ladder, models, objectives, optim, processes, sharding
 from slmjax.config import RunConfig
 from slmjax.models import Model, is_spec
 from slmjax.objectives import Objective, View
@@ -240,7 +240,7 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
     batch_shards = math.prod(mesh.shape[axis] for axis in sharding.RULES["batch"])
     step = make_train_step(cfg, model, objective, optimizer, batch_shards)
     init = functools.partial(init_member, model, optimizer, cfg.optim.ema_decay > 0)
-    evaluate = make_evaluate(cfg, model, objective)
+    score = make_evaluate(cfg, model, objective)
     abstract = jax.eval_shape(init, jnp.uint32(0), jnp.float32(1))
     state = _state_shardings(mesh, model, abstract)
     members = _placed(mesh, "population")
@@ -261,22 +261,27 @@ def build(cfg: RunConfig, num_members: int = 1, mesh: Mesh | None = None) -> Pro
         return _many_steps(step, state, tokens_KBT1, segments_KBT1 if packed else None, hyper_K, num_steps)
 
     def evaluate_member(state, tokens_BT1, segments_BT1):
-        return evaluate(state, tokens_BT1, segments_BT1 if packed else None)
+        return score(state, tokens_BT1, segments_BT1 if packed else None)
 
+    several = mesh.is_multi_process
+    train = jax.jit(
+        spread(train_member),
+        in_shardings=(state, batches, batches, members, members),
+        out_shardings=(state, members),
+        donate_argnums=0,
+    )
+    evaluate = jax.jit(
+        spread(evaluate_member), in_shardings=(state, rows, rows), out_shardings=members if several else rows
+    )
     return Program(
         num_members,
         mesh,
         model,
         objective,
-        abstract,
+        _placed_member(abstract, state) if several else abstract,
         init=jax.jit(spread(init), out_shardings=state),
-        train=jax.jit(
-            spread(train_member),
-            in_shardings=(state, batches, batches, members, members),
-            out_shardings=(state, members),
-            donate_argnums=0,
-        ),
-        evaluate=jax.jit(spread(evaluate_member), in_shardings=(state, rows, rows), out_shardings=rows),
+        train=processes.from_host(train, (None, batches, batches, members, members)) if several else train,
+        evaluate=processes.from_host(evaluate, (None, rows, rows)) if several else evaluate,
         take=jax.jit(lambda state, i: jax.tree.map(lambda a: a[i], state)),
         put=jax.jit(
             lambda state, member, i: jax.tree.map(lambda a, b: a.at[i].set(b), state, member),
@@ -344,6 +349,16 @@ def _state_shardings(mesh: Mesh, model: Model, abstract: TrainState) -> TrainSta
         return scalar
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _placed_member(abstract: TrainState, state: TrainState) -> TrainState:
+    """One member's state with the placements of a stacked one, for each process to read only its part of it."""
+
+    def place(leaf, where):
+        member = NamedSharding(where.mesh, PartitionSpec(*where.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=member)
+
+    return jax.tree.map(place, abstract, state)
 
 
 def _keys(path) -> tuple[str, ...]:

@@ -65,6 +65,24 @@ class RunWriter:
         self._file.close()
 
 
+class SilentWriter:
+    """In the place of a RunWriter, in a process that leaves the writing to another."""
+
+    attempt = None
+
+    def write(self, kind: str, **values) -> None:
+        pass
+
+    def status(self, state: str, **values) -> None:
+        pass
+
+    def done(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 @dataclass
 class RunRecords:
     """Everything one run folder says. `train` and `evals` are in step order, each step once."""

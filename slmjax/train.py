@@ -3,23 +3,29 @@
 A run on its own is a pack of one. The loop keeps one dispatch in flight: while the devices work on it, the host reads
 the metrics of the one before and prepares the batches of the next. Between dispatches it looks at events (evaluation,
 checkpoint, end) and at signals. Everything a member does to its folder goes through `slmjax.member`.
+
+Several processes run this loop in step with each other, on one member's batch. Between dispatches what they do is done
+together, and fails in all of them where it fails in one. With a dispatch each casts a vote (`processes.Ballot`).
 """
 
 import collections
 import contextlib
 import dataclasses
-import signal
+import hashlib
+import itertools
 from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from slmjax import config, ladder, optim, program, schedules, sharding
+from slmjax import config, ladder, optim, processes, program, schedules, sharding
 from slmjax.lease import LeaseError
 from slmjax.member import Member
+from slmjax.processes import Ballot, DisagreementError, ElsewhereError, Vote
 from slmjax.program import Metrics, Program
 from slmjax.progress import Progress
+from slmjax.provenance import code_version
+from slmjax.signals import stop_on_signal
 from slmjax.study import Run
 
 SPLIT_AXES = ("fsdp", "tensor", "expert")  # what a single run may be split over besides its batch
@@ -33,7 +39,9 @@ def build_program(runs: list[Run], num_members: int | None = None) -> Program:
     """
     cfg = ladder.resolved(runs[0].config)
     devices = jax.devices()
-    on_cpu = devices[0].platform == "cpu" and jax.process_count() == 1
+    on_cpu = devices[0].platform == "cpu" and processes.alone()
+    if not processes.alone() and num_members not in (None, 1):
+        raise config.ConfigError(f"num_members={num_members}: several processes train one run at a time")
     split = cfg.mesh.data > 1 or any(getattr(cfg.mesh, axis) > 1 for axis in SPLIT_AXES)
     if num_members is None:
         here = {run.run_id for run in runs}  # what a dense run of another pack is upcycled to waits for nothing here
@@ -82,19 +90,26 @@ def train_pack(
     """Trains runs that share a program to their ends, each in `folder`/<run_id>, resuming what was begun.
 
     Finished runs are left alone. A run that fails is recorded with its reason and the others go on. SIGINT, SIGTERM and
-    SIGUSR1 save every member and return with "preempted"; a second signal ends the process at once.
+    SIGUSR1, to any of the processes, save every member and return with "preempted"; a second signal ends the process at
+    once.
+
+    Raises:
+      DisagreementError: the processes were started with other runs, code or data.
     """
+    if not processes.alone():
+        _require_same(runs)
     assert len({run.program_id for run in runs}) == 1, "a pack shares one program"
-    outcome = Outcome({run.run_id: "done" for run in runs if (folder / run.run_id / "DONE").exists()})
+    done = processes.of_first(lambda: [run.run_id for run in runs if (folder / run.run_id / "DONE").exists()])
+    outcome = Outcome(dict.fromkeys(done, "done"))
     waiting = [run for run in runs if run.run_id not in outcome]
     if not waiting:
         return outcome
-    with stop_on_signal() as stop, progress or Progress() as progress:
+    with stop_on_signal() as stop, progress or Progress(quiet=not processes.first()) as progress:
         # Of all runs, finished or not: a relaunch must get the members it had, or its last bits are others.
-        pack = _Pack(build_program(runs, num_members), waiting, folder, outcome, progress)
+        pack = _Pack(build_program(runs, num_members), waiting, folder, outcome, progress, stop)
         try:
             while pack.fill():
-                if stop.requested(pack.dispatched):
+                if pack.stopping:
                     pack.preempt()
                     break
                 if not pack.due:  # as a run is that was killed between its last checkpoint and DONE
@@ -105,10 +120,29 @@ def train_pack(
     return outcome
 
 
+def _require_same(runs: list[Run]) -> None:
+    """Refuses processes that were started with other runs, or with another version of the code."""
+    facts = [{**config.flatten(run.config), "save_steps": run.save_steps, "parent": run.parent} for run in runs]
+    marks = processes.gather([hashlib.sha256(repr(fact).encode()).hexdigest() for fact in facts])
+    for place, of_place in enumerate(itertools.zip_longest(*marks)):
+        if len(set(of_place)) > 1:
+            processes.require_same(facts[place] if place < len(facts) else {})
+    processes.require_same(code_version())
+
+
 class _Pack:
     """The members being trained now, and the runs that wait for a place."""
 
-    def __init__(self, program: Program, waiting: list[Run], folder: Path, outcome: Outcome, progress: Progress):
+    def __init__(
+        self,
+        program: Program,
+        waiting: list[Run],
+        folder: Path,
+        outcome: Outcome,
+        progress: Progress,
+        stop: stop_on_signal,
+    ):
+        self.stop, self.ballot, self.trouble, self.voted_to_stop = stop, Ballot(), None, False
         self.program, self.folder, self.outcome, self.progress = program, folder, outcome, progress
         P = program.num_members
         self.unfinished = {run.run_id for run in waiting}
@@ -116,11 +150,14 @@ class _Pack:
         self.members: list[Member | None] = [None] * P
         self.state = None
         self.in_flight: collections.deque = collections.deque()
-        self.dispatched = 0
         cfg = waiting[0].config  # what fixes shapes is the same for all
         self.batch_size, self.row_tokens = cfg.train.batch_size, cfg.data.seq_len + 1
         self.steps_per_dispatch = cfg.mesh.steps_per_dispatch
         self.idle_hyper = optim.hyper_at(cfg, 0.0)
+
+    @property
+    def stopping(self) -> bool:
+        return self.stop.requested if processes.alone() else self.voted_to_stop
 
     def fill(self) -> bool:
         """Gives every free place to a run that can start; False when nothing is left to train."""
@@ -148,7 +185,7 @@ class _Pack:
     def _open(self, run: Run, place: int) -> Member | None:
         try:
             member = Member(run, self.folder, self.program)
-        except (LeaseError, OSError) as error:  # nothing is written to a folder that is another's
+        except (LeaseError, OSError, ElsewhereError) as error:  # nothing is written to a folder that is another's
             self._closed(run.run_id, "failed", f"{type(error).__name__}: {error}")
             return None
         self.members[place] = member
@@ -166,18 +203,36 @@ class _Pack:
             member.start()
         except Exception as error:
             self._fail(place, error)
+            if isinstance(error, DisagreementError):
+                raise
         return self.members[place]
 
     def _fail(self, place: int, error: Exception) -> None:
-        """Ends a member for an error of its own; the others go on."""
+        """Ends a member for an error of its own, the same in every process; the others go on."""
+        if not processes.alone() and isinstance(error, jax.errors.JaxRuntimeError):
+            raise error  # another process is gone, and with it all that is done together
         member, self.members[place] = self.members[place], None
         member.fail(error)
         self._closed(member.run.run_id, "failed", member.reason)
 
+    def _fail_alone(self, place: int, error: Exception) -> None:
+        """Ends a member for an error that other processes have not met; they must hear of it first."""
+        if processes.alone():
+            self._fail(place, error)
+        else:
+            self.trouble = self.trouble or error
+
+    def _hear(self) -> None:
+        """Ends the one member of several processes when any of them had trouble. All of them call this at once."""
+        trouble, self.trouble = self.trouble, None
+        error = processes.shared_error(trouble)
+        if error is not None and self.members[0] is not None:
+            self._fail(0, error)
+
     def _closed(self, run_id: str, state: str, reason: str | None = None) -> None:
         self.outcome[run_id] = state
         self.unfinished.discard(run_id)
-        if reason:
+        if reason and processes.first():
             self.progress.say(f"{run_id} {state}: {reason}")
 
     def dispatch(self) -> None:
@@ -190,11 +245,12 @@ class _Pack:
         hyper = jax.tree.map(lambda *leaves: np.stack(leaves), *(self._hypers(*span, K) for span in spans))
         counts = np.array([count for _, _, count in spans], np.int32)
         self.state, metrics = self.program.train(self.state, tokens, segments, hyper, counts)
-        self.dispatched += num_steps
         for member, _, count in spans:
             if member:
                 member.step += count
-        self.in_flight.append((metrics, spans))
+        overdue = processes.first() and any(m.overdue for m in self.members if m)
+        vote = Vote(stop=self.stop.requested, save=overdue, failed=self.trouble is not None)
+        self.in_flight.append((metrics, self.ballot.cast(vote), spans))
         while len(self.in_flight) > 1:
             self._read_metrics()
 
@@ -207,7 +263,7 @@ class _Pack:
                 padding = [steps[0]] * (K - count)
                 return tuple(np.stack(arrays) for arrays in zip(*steps, *padding, strict=True))
             except Exception as error:
-                self._fail(place, error)
+                self._fail_alone(place, error)
         return (np.zeros((K, self.batch_size, self.row_tokens), np.int32),) * 2
 
     def _hypers(self, member: Member | None, first: int, count: int, K: int):
@@ -220,15 +276,25 @@ class _Pack:
         return jax.tree.map(lambda *leaves: np.stack(leaves), *each)
 
     def _read_metrics(self) -> None:
-        metrics, spans = self.in_flight.popleft()
-        metrics = jax.device_get(metrics)
+        metrics, cast, spans = self.in_flight.popleft()
+        metrics, vote = jax.device_get(metrics), self.ballot.count(cast)
+        self.voted_to_stop |= vote.stop
+        if vote.failed:
+            self._hear()
         for place, (member, first, count) in enumerate(spans):
             if member and member.state == "running":
+                member.told_to_save |= vote.save
                 try:
                     member.log(first, _rows(metrics, place, count))
                 except Exception as error:
-                    self._fail(place, error)
+                    self._fail_alone(place, error)
         self.progress.update([m for m in self.members if m], len(self.waiting))
+
+    def _read_all(self) -> None:
+        while self.in_flight:
+            self._read_metrics()
+        if not processes.alone():
+            self._hear()
 
     @property
     def due(self) -> bool:
@@ -238,8 +304,7 @@ class _Pack:
         """Evaluates, saves and ends the members whose step asks for it."""
         if not self.due:
             return
-        while self.in_flight:
-            self._read_metrics()
+        self._read_all()
         if any(m.evaluation_due for m in self.members if m):
             self._evaluate()
         for place, member in enumerate(self.members):
@@ -291,8 +356,7 @@ class _Pack:
 
     def preempt(self) -> None:
         """Saves every member at the step it has reached."""
-        while self.in_flight:
-            self._read_metrics()
+        self._read_all()
         for place, member in enumerate(self.members):
             if member is None:
                 continue
@@ -312,37 +376,9 @@ class _Pack:
         for member in self.members:
             if member is not None:
                 with contextlib.suppress(Exception):  # it would hide the exception that led here
-                    member.close()
+                    member.close() if processes.alone() else member.leave()
 
 
 def _rows(metrics: Metrics, place: int, count: int) -> Metrics:
     """Of one member, its first steps."""
     return jax.tree.map(lambda leaf_PK: leaf_PK[place, :count], metrics)
-
-
-class stop_on_signal(contextlib.AbstractContextManager):
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a question the loop can ask; the second signal does what it always did."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __enter__(self):
-        self.caught = None
-        self.before = {}
-        # Several processes must stop at one step: there, JAX's coordination service catches SIGTERM and agrees on it.
-        if jax.process_count() == 1:
-            self.before = {number: signal.signal(number, self._catch) for number in self.SIGNALS}
-        return self
-
-    def _catch(self, number, frame):
-        self.caught = number
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-
-    def requested(self, step: int) -> bool:
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.caught is not None
-
-    def __exit__(self, *exc):
-        for each, handler in self.before.items():
-            signal.signal(each, handler)

@@ -14,7 +14,7 @@ FLOORS = {
     0: "config paths records",
     1: "ladder study",
     2: "scaling",
-    3: "sharding data tokenizer schedules parametrization devices",
+    3: "sharding data tokenizer schedules parametrization devices processes provenance signals",
     4: "models objectives",
     5: "checkpoint lease optim denoiser decoding likelihood tensorboard progress",
     6: "program upcycle member trained evaluate sample mirror",

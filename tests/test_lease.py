@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from slmjax import lease
-from slmjax.lease import LeaseError, RunLease
+from slmjax.lease import LeaseError, RunLease, wait_for
 
 ENV = os.environ | {"PYTHONPATH": str(Path(lease.__file__).parents[1])}
 
@@ -140,6 +140,45 @@ def test_lost_lease_is_noticed_and_left_alone(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "lease.json").read_text())["token"] == "theirs"
 
 
+def test_the_heartbeat_goes_on_while_the_holder_is_busy(tmp_path):
+    with RunLease(tmp_path, ttl_s=0.8) as ours:
+        time.sleep(1.5)  # as in a compilation: nobody calls beat
+        assert ours._age_s() < 0.6
+        rewrite(tmp_path, token="theirs", host="node7", pid=7)
+        time.sleep(0.5)
+        with pytest.raises(LeaseError, match="lost to another writer: it is held by pid 7 on host node7"):
+            ours.beat()
+    age(tmp_path, 50)
+    time.sleep(0.5)
+    assert RunLease(tmp_path)._age_s() > 49, "a released lease is not renewed"
+
+
+def test_a_lease_held_elsewhere_is_waited_for(held, tmp_path_factory, capsys, monkeypatch):
+    monkeypatch.setattr(lease, "POLL_S", 0.05)
+    free = tmp_path_factory.mktemp("free")
+    rewrite(held, host="node7", place="node7/boot/pid:[1]", pid=1)
+    age(held, 98.5)
+    began = time.monotonic()
+    wait_for([free, held])
+    assert 1 < time.monotonic() - began < 10
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"1 of 2 runs held on another host, as {held}" in said
+    with RunLease(held):
+        wait_for([free, held])  # held here: entering refuses it at once
+    assert capsys.readouterr().err == "" and not os.listdir(free)
+
+
+def test_a_living_holder_elsewhere_is_refused_after_the_wait(held, monkeypatch):
+    monkeypatch.setattr(lease, "POLL_S", 0.05)
+    rewrite(held, host="node7", place="node7/boot/pid:[1]", pid=1, ttl_s=1)
+    began, sleep = time.monotonic(), time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (sleep(seconds), age(held, 0)))
+    wait_for([held])
+    assert time.monotonic() - began < 5
+    with pytest.raises(LeaseError, match="in use by pid 1 on host node7"), RunLease(held):
+        pass
+
+
 def test_forked_child_releases_nothing(tmp_path, monkeypatch):
     with RunLease(tmp_path) as ours:
         with monkeypatch.context() as m:
@@ -163,8 +202,8 @@ def test_unreadable_lease_is_refused(tmp_path):
 # must never be taken.
 RACE = """
     import fcntl, os, random, signal, sys, time
-    from slmjax.lease import LeaseError, RunLease
-    run_dir, deadline = sys.argv[1], time.monotonic() + 3
+    from slmjax.lease import LeaseError, RunLease, wait_for
+    run_dir, deadline = sys.argv[1], time.monotonic() + 5
 
     def work(seed):
         rng = random.Random(seed)

@@ -10,7 +10,8 @@ import pytest
 import runs
 from runs import make_run
 
-from slmjax import records, train
+from slmjax import records
+from slmjax.signals import stop_on_signal
 
 STEPS = {"train.steps": 120, "log.eval_every": 9}
 
@@ -102,12 +103,12 @@ def test_a_signal_during_compilation_exits_with_3(tmp_path):
 
 
 def test_handlers_are_put_back():
-    numbers = train.stop_on_signal.SIGNALS
+    numbers = stop_on_signal.SIGNALS
     before = [signal.getsignal(number) for number in numbers]
-    with train.stop_on_signal() as stop:
+    with stop_on_signal() as stop:
         assert [signal.getsignal(number) for number in numbers] == [stop._catch] * 3
-        assert not stop.requested(0)
+        assert not stop.requested
         signal.raise_signal(signal.SIGUSR1)
-        assert stop.requested(0)
+        assert stop.requested
         assert [signal.getsignal(number) for number in numbers] == before
     assert [signal.getsignal(number) for number in numbers] == before

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -374,3 +375,46 @@ def test_faults_of_every_kind_cost_nothing(study_file, cluster, tmp_path):
     assert [*ends(folder)] and all(said.count("done") == 1 and said[-1] == "done" for said in ends(folder).values())
     assert sum(said.count("preempted") for said in ends(folder).values()) >= 5
     assert losses(folder) == losses(tmp_path / "here" / "s")
+
+
+@pytest.mark.slurm
+def test_a_run_over_two_nodes_outlives_two_time_limits(study_file, cluster, tmp_path):
+    """One process a node, stopped and requeued by its own script a minute before each limit, until it is done."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = site_script(
+        tmp_path,
+        **{
+            "--nodes=1 ": "--nodes=2 ",
+            "--time=04:00:00": "--time=2",
+            "--signal=TERM@120": "--signal=TERM@60",
+            # The names of emulated nodes do not resolve; real ones do, and JAX finds the first by itself.
+            "^set -u": f"set -u\nexport JAX_COORDINATOR_ADDRESS=127.0.0.1:{port}",
+        },
+    )
+    out = tmp_path / "OUT"
+    assert (begun := study("run", study_file, "two_nodes", out, "--on=slurm", f"--script={script}")).returncode == 0, (
+        begun
+    )
+    folder = out / "s"
+    deadline = time.monotonic() + 1500
+
+    def hurry():
+        """Slurm holds back a job for two minutes that it has requeued."""
+        for job, *_ in tasks(cluster, "PENDING"):
+            slurm_cluster.run(cluster, "scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+
+    while (row := status.study_status(folder)[0]).state != "done":
+        assert row.state not in ("failed", "diverged"), row
+        assert time.monotonic() < deadline, row
+        hurry()
+        time.sleep(1)
+    ((run_id, said),) = ends(folder).items()
+    assert said[-1] == "done" and said.count("done") == 1 and said.count("preempted") >= 2, said
+    starts = [records.read_lines(path)[0] for path in records.attempt_files(folder / run_id)]
+    assert [start["step"] for start in starts] == sorted({start["step"] for start in starts}), (
+        "each went on from a save"
+    )
+    assert all(start["mesh"]["data"] == 2 for start in starts)
+    losses(folder)

@@ -101,4 +101,4 @@ def test_three_cells_that_fail_are_told_by_cause_and_nine_are_fitted(study_file,
     assert fit.returncode == 0, fit.stderr
     said = fit.stdout + fit.stderr
     assert all(rows[name].run_id in said for name in kinds), "a run left out of a fit is named"
-    assert json.loads(fit.stdout)["num_points"] == 9
+    assert len(json.loads(fit.stdout)["points"]) == 9

@@ -1,5 +1,6 @@
 """What verbs share: flags and their help, `--config` with its overrides, experiment files, tables, JSON."""
 
+import contextlib
 import difflib
 import importlib.util
 import json
@@ -34,6 +35,19 @@ def define_out(flag_values: FlagValues) -> None:
 
 def define_json(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_boolean("json", False, "print JSON for a program to read", flag_values=flag_values)
+
+
+def define_distributed(flag_values: FlagValues) -> None:
+    absl_flags.DEFINE_boolean(
+        "distributed", False, "one of several processes, as srun or a TPU slice start them", flag_values=flag_values
+    )
+
+
+def joined(flags: FlagValues) -> contextlib.AbstractContextManager:
+    """A block in which this process is one of several, if the flag says so; after `environment.prepare`."""
+    from slmjax import processes
+
+    return processes.joined(flags.distributed)
 
 
 def parse(flag_values: FlagValues, argv: list[str]) -> list[str]:

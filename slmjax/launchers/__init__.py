@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from slmjax import config, records, study
+from slmjax import config, lease, records, study
 from slmjax.study import Run
 
 
@@ -83,20 +83,22 @@ def _from_json(entry: dict) -> Run:
 
 
 def train_pack(pack: Pack) -> int:
-    """Trains a pack in this process and returns its exit code; 1 at once when the study's budget is spent.
+    """Trains a pack in this process and returns its exit code, once no killed process elsewhere holds a run of it.
 
-    Whatever ends the pack before its runs begin (a mesh that does not fit, no memory) becomes their reason as well.
+    It is 1 at once when the study's budget is spent. Whatever ends the pack before its runs begin (a mesh that does not
+    fit, no memory) becomes their reason as well.
     """
-    from slmjax import train
+    from slmjax import processes, train
     from slmjax.launchers import budget
 
-    if pack.unfinished and (over := budget.exceeded(pack.folder)) is not None:
+    if pack.unfinished and (over := processes.of_first(lambda: budget.exceeded(pack.folder))) is not None:
         print(f"{pack.folder}: {over}", file=sys.stderr)
         return 1
+    processes.of_first(lambda: lease.wait_for([pack.folder / run.run_id for run in pack.unfinished]))
     try:
         return train.train_pack(pack.runs, pack.folder).exit_code
     except Exception as error:
-        for run in pack.unfinished:
+        for run in pack.unfinished if processes.first() else ():
             _blame(pack.folder / run.run_id, run, error)
         raise
 
