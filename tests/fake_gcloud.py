@@ -3,7 +3,7 @@
 A queued resource waits, is provisioned and active, one step at each listing. Orders: `refuse_create` (its line is the
 error), `lose_create` (done, but told as an error), `fail` (its line is why), `stay` (in the queue), `suspend` (once it
 trains), `ssh_down`, `start_down` (of ssh, what begins a pack), `list_down`, `lose_delete` (not done), `workers` (how
-many a machine has).
+many a machine has), `port` (its line is where JAX's processes meet).
 """
 
 SOURCE = """
@@ -91,6 +91,9 @@ def ssh(login):
         home = machines / name / str(worker)
         home.mkdir(parents=True, exist_ok=True)
         env = {**os.environ, "HOME": str(home), "WORKER": str(worker)}
+        if (orders / "port").exists():  # what JAX learns on a TPU from its metadata
+            env["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{(orders / 'port').read_text()}"
+            env |= {"JAX_NUM_PROCESSES": str(workers), "JAX_PROCESS_ID": str(worker), "JAX_NUM_CPU_DEVICES": "1"}
         done = subprocess.run(["bash", "-c", value("--command")], env=env, cwd=home)
         if done.returncode:
             sys.exit(done.returncode)

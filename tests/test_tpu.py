@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -154,6 +155,21 @@ def test_with_a_mirror_what_is_given_up_is_so_there_too(tmp_path, cloud, script)
     assert row.state == "failed" and "no quota" in row.reason and row.step == 1 and cloud.queue() == {}
     assert records.read_json(mirror / row.run_id / "status.json")["reason"] == row.reason
     assert len(cloud.calls("create")) == 1 + tpu_machine.MAX_FAILURES, "it is not handed over again"
+
+
+@pytest.mark.slow
+def test_two_workers_train_one_run(tmp_path, cloud, script):
+    """With real training."""
+    cloud.install("slmjax", "import sys\nfrom slmjax.cli import main\nsys.exit(main(sys.argv[1:]))\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        cloud.order("port", str(free.getsockname()[1]))
+    cloud.order("workers", "2")
+    _, folder, exit_code = launch(tmp_path, script)
+    assert exit_code == 0 and states(folder) == ["done"] and cloud.queue() == {}
+    (row,) = status.study_status(folder)
+    start = records.load_run(folder / row.run_id).start
+    assert row.loss < 3 and start["mesh"]["data"] == 2, start
 
 
 # --- launchers that come and go --------------------------------------------------------------------------------------
