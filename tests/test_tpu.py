@@ -60,7 +60,8 @@ def created(cloud):
 def in_background(tmp_path, script, until, *orders):
     """A launcher in a process of its own, once `until()` is so."""
     code = (
-        "import pathlib, sys, clouds\nfrom slmjax.launchers import driver, tpu\ntpu.Tpu.poll_s = 0.02\n"
+        "import pathlib, sys, clouds\nfrom slmjax.launchers import driver, tpu, tpu_remote\n"
+        "tpu.Tpu.poll_s, tpu_remote.IDLE_S = 0.02, 5\n"
         "plan = clouds.study(1)\nfolder = plan.save(pathlib.Path(sys.argv[1]))\n"
         "sys.exit(driver.run(plan, folder, tpu.Tpu(folder, pathlib.Path(sys.argv[2])), watch=False))"
     )
