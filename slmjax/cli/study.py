@@ -44,6 +44,8 @@ def define(flag_values: FlagValues) -> None:
     absl_flags.DEFINE_integer("devices_per_node", None, "run, on Slurm: more nodes for a mesh of more devices",
                               flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_string("arguments", "", "run: more of them for sbatch, as one string", flag_values=flag_values)
+    absl_flags.DEFINE_string("mirror", None, "run, on sky and tpu: the study's copy in a store, gs://BUCKET/.../NAME",
+                             flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_boolean("dry_run", False, "run: print what would be started, and where", flag_values=flag_values)
     absl_flags.DEFINE_float("device_hours", None, "run: stop the study once it has cost this much",
                             flag_values=flag_values)  # fmt: skip
@@ -169,10 +171,10 @@ def _backend(flags: FlagValues, folder: Path) -> Backend:
         "chains_per_pack": flags.chains_per_pack,
         "devices_per_node": flags.devices_per_node,
         "arguments": flags.arguments,
+        "mirror": flags.mirror,
     }
-    takes = {"local": ("jobs",), "slurm": tuple(given)}.get(
-        flags.on, ("jobs", "script", "chains_per_pack", "arguments")
-    )
+    of_cluster = ("jobs", "script", "chains_per_pack", "arguments")
+    takes = {"local": ("jobs",), "slurm": (*of_cluster, "devices_per_node")}.get(flags.on, (*of_cluster, "mirror"))
     for name in given:
         if name not in takes and flags[name].present:
             raise ConfigError(f"--{name} means nothing --on={flags.on}, which takes {', '.join(takes)}")

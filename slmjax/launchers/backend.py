@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from slmjax import study
 from slmjax.launchers import Pack
@@ -70,6 +70,18 @@ class Backend(Protocol):
 
     def cancel(self, names: Iterable[str]) -> list[str]:
         """Asks these packs to save and stop; what was asked, in words a user knows it by."""
+
+
+@runtime_checkable
+class Tended(Backend, Protocol):
+    """A backend whose packs need a launcher that stays: it is watched until they have ended."""
+
+    def tend(self) -> list[str]:
+        """Does what the packs in hand need now, before each look at them; what it did, for a person to read.
+
+        Raises:
+          BackendError: it cannot be asked now.
+        """
 
 
 def chains(runs: list[Run]) -> list[list[Run]]:

@@ -6,6 +6,7 @@ from slmjax.launchers.status import RunStatus
 
 # The first whose words a reason has; what is to be done, for the line under a table.
 CAUSES = (
+    ("no machine", r"^no TPU: ", "see launch/README.md on quota and zones, then run it again"),
     (
         "out of memory",
         r"RESOURCE_EXHAUSTED|MemoryError|out of memory|OUT_OF_MEMORY",

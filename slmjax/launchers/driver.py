@@ -12,7 +12,7 @@ from pathlib import Path
 
 from slmjax import launchers, records
 from slmjax.launchers import Pack, budget
-from slmjax.launchers.backend import Backend, BackendError, waits_for
+from slmjax.launchers.backend import Backend, BackendError, Tended, waits_for
 from slmjax.launchers.board import Board
 from slmjax.study import Study
 
@@ -25,8 +25,8 @@ def run(plan: Study, folder: Path, place: Backend, watch: bool) -> int:
     """Trains what the study, saved in `folder`, has left to train.
 
     watch: stay until nothing is left to do; else leave, with 0, once all that can be handed over has been. A backend
-    whose processes are attached is always watched. Otherwise the exit code is 0 when all runs are done, 1 when some
-    failed, 3 when they were stopped, 4 when some diverged.
+    whose processes are attached, or that has to be tended, is always watched. Otherwise the exit code is 0 when all
+    runs are done, 1 when some failed, 3 when they were stopped, 4 when some diverged.
 
     Raises:
       ValueError: another launcher runs this study.
@@ -39,7 +39,8 @@ def run(plan: Study, folder: Path, place: Backend, watch: bool) -> int:
             pid = launchers.holder_of(lock)
             raise ValueError(f"{folder} is being run by another launcher, pid {pid}; see slmjax study status")
         driver = _Driver(plan, folder, place)
-        return driver.watch() if watch or place.attached else driver.hand_over()
+        stays = watch or place.attached or isinstance(place, Tended)
+        return driver.watch() if stays else driver.hand_over()
 
 
 def preview(plan: Study, folder: Path, place: Backend) -> list[str]:
@@ -100,6 +101,8 @@ class _Driver:
     def tick(self) -> None:
         """Sees which packs have ended, and hands over those that can start. Nothing follows from a failed look."""
         try:
+            for line in self.place.tend() if isinstance(self.place, Tended) else []:
+                self.board.say(line)
             seen = self.place.poll()
             for pack in [pack for pack in self.waiting if pack.name in seen]:  # handed over, and the answer was lost
                 self.waiting.remove(pack)
