@@ -204,6 +204,7 @@ def test_what_fails_in_one_process_fails_in_both_and_the_rest_goes_on(tmp_path):
     assert runs.load(pack.folder, sound).done and (pack.folder / sound.run_id / "DONE").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other(straight, tmp_path):
     pack = make_pack(tmp_path)
     (run,) = pack.runs
