@@ -16,6 +16,7 @@ import runs
 from test_signals import free_port
 
 from slmjax import cli, data, environment, launchers, lease, member, processes, records, study, train
+from slmjax.launchers.local import Local
 from slmjax.study import Run, Study
 
 DEVICES = 2  # of each process; as many together as this process has, which is the one they are compared with
@@ -25,7 +26,10 @@ FEATURES = {"mesh.data": 0, "train.steps": 48, "log.eval_every": 20}
 def make_pack(out: Path, *changes: dict) -> launchers.Pack:
     """OUT/s/packs/<program>.json of runs that share a program."""
     cells = [study.Cell(change) for change in changes or ({},)]
-    (pack,) = launchers.write_packs(Study("s", runs.make_config(FEATURES), cells), out)
+    made = Study("s", runs.make_config(FEATURES), cells)
+    folder = made.save(out)
+    (pack,) = Local(folder).packs(made, folder, set())
+    launchers.write_packs([pack])
     return pack
 
 
