@@ -35,7 +35,7 @@ demo: $(STAMP)
 	@echo "   $(RUN)/slmjax forecast $(OUT)/wsd_ladder/fit.json --flops=1e15"
 
 test: lint
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP)
 	$(RUN)/python -m pytest -m slow

@@ -1,7 +1,10 @@
 """Random denoisers for the equalities of decoding: deterministic functions of the tokens alone, in float64 NumPy.
 
-Every row is computed by itself, so that a batch of any size gives the same bits. PAD contributes nothing.
+Every row has matrices of its own and products of its own, so that a batch of any size gives the same bits. PAD
+contributes nothing.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,24 +15,49 @@ DIGITS = 3  # tokens of the prompt by which a row of `many` names its denoiser
 SHARPNESS = (0.5, 1.0, 2.0, 4.0)  # factors of the logits, from nearly flat to nearly decided
 
 
-def random_denoiser(seed: int, sharpness: float = 2.0, vocab: int = V, width: int = 16):
-    """Position i sees the embeddings of all tokens, the mask's too, with random weights that fall with distance."""
+class Weights(NamedTuple):
+    """Of one denoiser, or of B of them with a leading axis."""
+
+    embed_WD: np.ndarray  # of the vocabulary, the mask, and PAD, which is zeros and [-1]
+    mix_TT: np.ndarray
+    place_TD: np.ndarray
+    head_DV: np.ndarray
+
+
+def draw(seed: int, sharpness: float, vocab: int = V, width: int = 16, length: int = 64) -> Weights:
     rng = np.random.default_rng(seed)
-    embed_VD = np.concatenate(
-        [rng.normal(size=(vocab + 1, width)), np.zeros((1, width))]
-    )  # the mask; then PAD, as [-1]
-    mix_TT = rng.normal(size=(64, 64)) * np.exp(-np.abs(np.subtract.outer(np.arange(64), np.arange(64))) / 3)
-    place_TD = rng.normal(size=(64, width))
-    head_DV = rng.normal(size=(width, vocab))
+    embed_WD = np.concatenate([rng.normal(size=(vocab + 1, width)), np.zeros((1, width))])
+    distance_TT = np.abs(np.subtract.outer(np.arange(length), np.arange(length)))
+    mix_TT = rng.normal(size=(length, length)) * np.exp(-distance_TT / 3)
+    place_TD = rng.normal(size=(length, width))
+    return Weights(embed_WD, mix_TT, place_TD, sharpness * rng.normal(size=(width, vocab)))
 
-    def log_probs(tokens_T):
-        length = len(tokens_T)
-        h_TD = np.tanh(mix_TT[:length, :length] @ embed_VD[tokens_T] + place_TD[:length])
-        logits_TV = sharpness * (h_TD @ head_DV)
-        logits_TV -= logits_TV.max(1, keepdims=True)
-        return logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
 
-    return lambda tokens_BT: np.stack([log_probs(tokens_T) for tokens_T in np.asarray(tokens_BT)])
+def log_softmax(logits_BTV):
+    logits_BTV = logits_BTV - logits_BTV.max(2, keepdims=True)
+    return logits_BTV - np.log(np.exp(logits_BTV).sum(2, keepdims=True))
+
+
+def log_probs(weights: Weights, tokens_BT) -> np.ndarray:
+    """Position i sees the embeddings of all tokens, the mask's too, with random weights that fall with distance.
+
+    `weights` has B of each: matmul takes the rows one by one, each with its own.
+    """
+    B, length = tokens_BT.shape
+    x_BTD = weights.embed_WD[np.arange(B)[:, None], tokens_BT]
+    h_BTD = np.tanh(weights.mix_TT[:, :length, :length] @ x_BTD + weights.place_TD[:, :length])
+    return log_softmax(h_BTD @ weights.head_DV)
+
+
+def random_denoiser(seed: int, sharpness: float = 2.0, vocab: int = V, width: int = 16):
+    """All rows have the same weights."""
+    weights = draw(seed, sharpness, vocab, width)
+
+    def denoiser(tokens_BT):
+        tokens_BT = np.asarray(tokens_BT)
+        return log_probs(Weights(*(np.broadcast_to(a, (len(tokens_BT), *a.shape)) for a in weights)), tokens_BT)
+
+    return denoiser
 
 
 def many(seed: int, num: int, sharpness: tuple[float, ...] = SHARPNESS, length: int = T):
@@ -37,19 +65,22 @@ def many(seed: int, num: int, sharpness: tuple[float, ...] = SHARPNESS, length: 
 
     So hundreds of denoisers are decoded as one batch, and each still is one function of its tokens.
     """
-    rows = [random_denoiser(seed + b, sharpness[b % len(sharpness)]) for b in range(num)]
+    each = [draw(seed + b, sharpness[b % len(sharpness)], length=DIGITS + length) for b in range(num)]
+    weights = Weights(*map(np.stack, zip(*each, strict=True)))
     tokens_BT = np.full((num, DIGITS + length), MASK, np.int32)
     tokens_BT[:, :DIGITS] = np.stack(np.unravel_index(np.arange(num), (V,) * DIGITS), 1)
 
     def denoiser(tokens_BT):
-        return np.concatenate([rows[row_of(tokens_T)](tokens_T[None]) for tokens_T in np.asarray(tokens_BT)])
+        tokens_BT = np.asarray(tokens_BT)
+        rows_B = rows_of(tokens_BT)
+        return log_probs(Weights(*(a[rows_B] for a in weights)), tokens_BT)
 
     return denoiser, tokens_BT
 
 
-def row_of(tokens_T: np.ndarray) -> int:
-    """Which of `many` a row is, whatever has been filled in."""
-    return int(np.ravel_multi_index(tuple(tokens_T[:DIGITS]), (V,) * DIGITS))
+def rows_of(tokens_BT: np.ndarray) -> np.ndarray:
+    """Which of `many` each row is, whatever has been filled in."""
+    return np.ravel_multi_index(tuple(np.asarray(tokens_BT)[:, :DIGITS].T), (V,) * DIGITS)
 
 
 class CallsPerRow:
@@ -61,8 +92,8 @@ class CallsPerRow:
     def __call__(self, tokens_BT):
         self.num_calls += 1
         self.shapes.add(np.shape(tokens_BT))
-        waiting = {row_of(tokens_T) for tokens_T in np.asarray(tokens_BT) if (tokens_T == MASK).any()}
-        self.calls_B[sorted(waiting)] += 1
+        tokens_BT = np.asarray(tokens_BT)
+        self.calls_B[np.unique(rows_of(tokens_BT[(tokens_BT == MASK).any(1)]))] += 1
         return self.denoiser(tokens_BT)
 
 
@@ -112,11 +143,13 @@ def planted(seed: int, num: int, length: int = T):
     near_TT = np.abs(np.subtract.outer(np.arange(width), np.arange(width))) <= 2
     _, tokens_BT = many(seed, num, length=length)
 
-    def log_probs(tokens_T):
-        b = row_of(tokens_T)
-        logits_TV = noise_BTV[b].copy()
-        logits_TV[np.arange(width), secret_BT[b]] += clarity_BT[b] + near_TT @ (tokens_T != MASK)
-        logits_TV -= logits_TV.max(1, keepdims=True)
-        return logits_TV - np.log(np.exp(logits_TV).sum(1, keepdims=True))
+    def denoiser(tokens_BT):
+        tokens_BT = np.asarray(tokens_BT)
+        rows_B = rows_of(tokens_BT)
+        logits_BTV = noise_BTV[rows_B]
+        seen_BT = (tokens_BT != MASK) @ near_TT  # of booleans: whether any neighbour is visible
+        at = np.arange(len(tokens_BT))[:, None], np.arange(width), secret_BT[rows_B]
+        logits_BTV[at] += clarity_BT[rows_B] + seen_BT
+        return log_softmax(logits_BTV)
 
-    return lambda tokens_BT: np.stack([log_probs(tokens_T) for tokens_T in np.asarray(tokens_BT)]), tokens_BT
+    return denoiser, tokens_BT

@@ -138,9 +138,10 @@ def test_what_an_objective_weighs_in_training_and_evaluation_is_the_bound(name, 
     objective = objectives.build(ObjectiveConfig(name=name, diffusion=diffusion))
     tokens = np.broadcast_to(np.concatenate([[0], x_T]), (N, L + 1)).astype(np.int32)
     if what == "view":
-        view = objective.view(tokens, None, jax.random.key(seed))
+        view = jax.jit(objective.view)(tokens, None, jax.random.key(seed))
     else:  # rows of the same tokens get the same noise, so it is the draws that differ
-        views = jax.vmap(lambda draw: objective.score(tokens[:1], None, jax.random.key(seed), draw))(jnp.arange(N))
+        score = jax.jit(jax.vmap(objective.score, (None, None, None, 0)))
+        views = score(tokens[:1], None, jax.random.key(seed), jnp.arange(N))
         view = jax.tree.map(lambda a: a[:, 0] if a.ndim > 1 else a, views)
     hidden_BT = np.asarray(view.inputs_BT)[:, :L] == noise.HIDDEN
     nats_BT = _block_surprise(chain, x_T, hidden_BT, block if name == "block_diffusion" else L)

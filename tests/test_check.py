@@ -30,7 +30,7 @@ def small(name: str):
 
 @pytest.fixture(scope="module")
 def against_width():
-    return {name: check.coordinates(small(name), "width", (64, 256, 512), num_seeds=2) for name in ("completep", "sp")}
+    return {name: check.coordinates(small(name), "width", (64, 256), num_seeds=2) for name in ("completep", "sp")}
 
 
 def test_activations_do_not_depend_on_width(against_width):
@@ -39,7 +39,7 @@ def test_activations_do_not_depend_on_width(against_width):
 
 def test_experts_and_their_router_do_not_depend_on_width_either():
     cfg = config.override(small("completep"), ladder.mixture(160, 4, 2))
-    found = check.coordinates(cfg, "width", (64, 256, 512), num_seeds=2)
+    found = check.coordinates(cfg, "width", (64, 512), num_seeds=2)
     assert found.failures() == {}
 
 
@@ -50,10 +50,10 @@ def test_the_standard_parametrization_is_caught(against_width):
 
 
 def test_activations_do_not_depend_on_depth_under_completep_alone():
-    depths = (2, 8)
-    slopes = {
-        name: check.coordinates(small(name), "depth", depths, num_seeds=2).slopes() for name in ("completep", "mup")
-    }
+    slopes = {}
+    for name in ("completep", "mup"):
+        cfg = config.override(small(name), {"model.scan_layers": True})  # traced once, not eight times
+        slopes[name] = check.coordinates(cfg, "depth", (2, 8), num_seeds=2).slopes()
     assert all(abs(slope) <= check.TOLERANCE for slope in slopes["completep"].values())
     assert slopes["mup"]["residual"] > 3 * check.TOLERANCE
 
@@ -69,5 +69,9 @@ def test_slopes_are_exponents():
 
 
 def test_the_plot_is_written(against_width, tmp_path):
-    check.plot(list(against_width.values()), tmp_path / "coordinates.png", "both")
+    few = [
+        dataclasses.replace(found, activations={name: found.activations[name] for name in ("mlp.0", "logits")})
+        for found in against_width.values()
+    ]
+    check.plot(few, tmp_path / "coordinates.png", "both")
     assert (tmp_path / "coordinates.png").read_bytes().startswith(b"\x89PNG")

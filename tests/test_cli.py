@@ -122,7 +122,7 @@ def test_overrides_reach_the_config_in_any_order():
 
 
 def test_planning_fitting_and_reporting_never_import_jax(tmp_path):
-    folder = write_study(tmp_path / "study")
+    folder = write_study(tmp_path / "study", widths=(64, 96, 128), ratios=(10, 20, 40), mishaps=False)
     lines = [
         "--help",
         "train --help",

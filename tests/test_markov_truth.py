@@ -7,7 +7,6 @@ import random
 import sys
 import types
 
-import pytest
 import runs
 
 from slmjax.data import markov
@@ -57,9 +56,8 @@ def train_on_a_chain(folder, seed: int, changes: dict) -> tuple[float, float, fl
     return end["loss"], end["loss_se"], entropy
 
 
-@pytest.mark.parametrize("draw", range(2))
-def test_next_token_reaches_the_entropy_and_does_not_pass_it(draw, tmp_path, seed):
-    loss, se, entropy = train_on_a_chain(tmp_path, seed + draw, {})
+def test_next_token_reaches_the_entropy_and_does_not_pass_it(tmp_path, seed):
+    loss, se, entropy = train_on_a_chain(tmp_path, seed, {})
     assert 0 < se < 0.003, "too few held-out windows to tell"
     assert loss < entropy + 0.01
     assert loss + 3 * se > entropy

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import runs
 from runs import make_run
-from scipy import stats
+from scipy import special, stats
 from tiny import (
     assert_same,
     draw,
@@ -40,7 +40,7 @@ def objective_of(changes: dict | None = None, **fields) -> objectives.Objective:
 def many_views(objective, tokens_BT1, seed: int, num: int, segments_BT1=None):
     """Views of one batch under `num` keys, stacked."""
     keys = jax.random.split(jax.random.key(seed), num)
-    return jax.jit(jax.vmap(lambda key: objective.view(tokens_BT1, segments_BT1, key)))(keys)
+    return jax.jit(jax.vmap(objective.view, (None, None, 0)))(tokens_BT1, segments_BT1, keys)
 
 
 # ---- what is hidden --------------------------------------------------------------------------------------------------
@@ -182,13 +182,13 @@ def test_the_mask_has_an_embedding_of_its_own_that_is_counted_and_predicts_nothi
 
 def test_the_loss_has_no_gradient_at_shown_positions(network, seed):
     model, params, _ = network
-    view = objective_of().view(random_tokens(seed, 4, 17), None, jax.random.key(seed))
-    x_BTD, _ = model.hidden(params, view.inputs_BT, None, "full")
+    view = jax.jit(objective_of().view)(random_tokens(seed, 4, 17), None, jax.random.key(seed))
+    x_BTD, _ = jax.jit(model.hidden, static_argnums=3)(params, view.inputs_BT, None, "full")
 
-    def loss(x_BTD):
-        return objectives.weighted_loss(model.unembed, model.readout(params), x_BTD, view, 0.0)[0]
+    def loss(x_BTD, readout, view):
+        return objectives.weighted_loss(model.unembed, readout, x_BTD, view, 0.0)[0]
 
-    gradient_BT = np.abs(jax.grad(loss)(x_BTD)).max(-1)
+    gradient_BT = np.abs(jax.jit(jax.grad(loss))(x_BTD, model.readout(params), view)).max(-1)
     assert ((gradient_BT > 0) == (np.asarray(view.inputs_BT) == HIDDEN)).all()
 
 
@@ -197,13 +197,13 @@ def test_a_later_block_does_not_leak_into_earlier_ones(seed):
     cfg = ladder.resolved(tiny(BLOCK))
     model, objective = models.build(cfg.model), objectives.build(cfg.objective)
     params, tokens = draw(model), random_tokens(seed, 2, 16)
-    apply = jax.jit(lambda x: model.apply(jax.tree.map(jnp.asarray, params), x, None, objective.attention)[0])
+    apply = jax.jit(lambda params, x: model.apply(params, x, None, objective.attention)[0])
     noisy = np.where(np.random.default_rng(seed).random((2, 16)) < 0.5, HIDDEN, tokens)
-    plain = np.asarray(apply(np.concatenate([noisy, tokens], 1)))[:, :16]
+    plain = np.asarray(apply(params, np.concatenate([noisy, tokens], 1)))[:, :16]
     for j in range(4):
         changed = tokens.copy()
         changed[:, 4 * j + 1] = (changed[:, 4 * j + 1] + 1) % 32
-        differs_T = (np.asarray(apply(np.concatenate([noisy, changed], 1)))[:, :16] != plain).any((0, 2))
+        differs_T = (np.asarray(apply(params, np.concatenate([noisy, changed], 1)))[:, :16] != plain).any((0, 2))
         assert not differs_T[: 4 * (j + 1)].any()
         assert j == 3 or differs_T[4 * (j + 1) :].all()
 
@@ -216,24 +216,31 @@ def test_one_block_is_masked_diffusion_and_blocks_of_one_are_the_chain_rule(seed
     losses = []
     for each in (whole, masked):
         objective = objectives.build(each.objective)
-        view = objective.view(tokens, None, jax.random.key(seed))
-        x_BTD, _ = model.hidden(params, view.inputs_BT, None, objective.attention)
-        loss, _ = objectives.weighted_loss(model.unembed, model.readout(params), x_BTD[:, :16], view, 0.0)
-        losses.append(float(loss))
+
+        @jax.jit
+        def loss_of(params, tokens, key, objective=objective):
+            view = objective.view(tokens, None, key)
+            x_BTD, _ = model.hidden(params, view.inputs_BT, None, objective.attention)
+            return objectives.weighted_loss(model.unembed, model.readout(params), x_BTD[:, :16], view, 0.0)[0]
+
+        losses.append(float(loss_of(params, tokens, jax.random.key(seed))))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
     one = objectives.build(tiny({**BLOCK, "objective.diffusion.block": 1}).objective)
-    view = one.score(tokens, None, jax.random.key(0), 0)  # all hidden: a block of one has no other level
+    view = jax.jit(one.score)(tokens, None, jax.random.key(0), 0)  # all hidden: a block of one has no other level
     assert (np.asarray(view.inputs_BT)[:, :16] == HIDDEN).all() and (np.asarray(view.noise.bound_BT) == 1).all()
-    x_BTD, _ = model.hidden(params, view.inputs_BT, None, one.attention)
-    nll_BT = objectives.token_losses(model.unembed, model.readout(params), x_BTD[:, :16], view.targets_BT)
-    log_probs = jax.jit(
-        lambda x: jax.nn.log_softmax(model.apply(jax.tree.map(jnp.asarray, params), x, None, "block_causal:1")[0])
-    )
+
+    @jax.jit
+    def in_parallel(params, view):
+        x_BTD, _ = model.hidden(params, view.inputs_BT, None, one.attention)
+        return objectives.token_losses(model.unembed, model.readout(params), x_BTD[:, :16], view.targets_BT)
+
+    nll_BT = np.asarray(in_parallel(params, view))
+    log_probs = jax.jit(lambda params, x: jax.nn.log_softmax(model.apply(params, x, None, "block_causal:1")[0]))
     for t in range(16):  # a clean prefix and one mask, each on its own
         prefix = np.concatenate([tokens[:, 1 : t + 1], np.full((4, 1), HIDDEN)], 1)
         padded = np.pad(prefix, ((0, 0), (0, 15 - t)))
-        alone = -np.asarray(log_probs(padded))[np.arange(4), t, tokens[:, t + 1]]
+        alone = -np.asarray(log_probs(params, padded))[np.arange(4), t, tokens[:, t + 1]]
         np.testing.assert_allclose(nll_BT[:, t], alone, atol=1e-5)
 
 
@@ -254,8 +261,9 @@ def test_a_shifted_network_is_a_denoiser_that_looks_up_the_position_before(seed)
     params, tokens = jax.tree.map(jnp.asarray, draw(model)), random_tokens(seed, 2, 16)
     tokens[:, 5:] = 32
     log_probs = denoiser.of_model(model, params, objective, mask_id=32)(tokens)
-    logits, _ = model.apply(params, np.where(tokens == 32, HIDDEN, tokens), np.ones_like(tokens), "full")
-    np.testing.assert_allclose(log_probs[:, 1:], jax.nn.log_softmax(logits)[:, :-1], atol=1e-5)
+    shown = np.where(tokens == 32, HIDDEN, tokens)
+    logits, _ = jax.jit(model.apply, static_argnums=3)(params, shown, np.ones_like(tokens), "full")
+    np.testing.assert_allclose(log_probs[:, 1:], special.log_softmax(logits, -1)[:, :-1], atol=1e-5)
     trained = train_one(MDM | {"objective.diffusion.alignment": "shifted"}, seed, 2)
     assert np.isfinite(trained.loss).all()
 
@@ -339,8 +347,13 @@ def test_what_logs_show_is_the_bound_and_the_loss_by_noise_level(changes, seed):
     _, metrics = prog.train(state, tokens, segments, hyper, np.ones(1, np.int32))
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(cfg.train.seed), program.VIEW), 0)
     view = prog.objective.view(batches[0][0], batches[1][0], key)
-    x_BTD, _ = prog.model.hidden(params, view.inputs_BT, view.segments_BT, "full")
-    nll_BT = np.asarray(objectives.token_losses(prog.model.unembed, prog.model.readout(params), x_BTD, view.targets_BT))
+
+    @jax.jit
+    def losses(params, view):
+        x_BTD, _ = prog.model.hidden(params, view.inputs_BT, view.segments_BT, "full")
+        return objectives.token_losses(prog.model.unembed, prog.model.readout(params), x_BTD, view.targets_BT)
+
+    nll_BT = np.asarray(losses(params, view))
     hidden_BT, rate_BT = np.asarray(view.inputs_BT) == HIDDEN, np.asarray(view.noise.rate_BT)
     shown = {name: np.asarray(values)[0, 0] for name, values in metrics.objective.items()}
     assert metrics.loss[0, 0] == pytest.approx(nll_BT[hidden_BT].sum() / 64, rel=1e-5)

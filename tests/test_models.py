@@ -264,8 +264,15 @@ def test_the_written_gradient_of_blocked_attention_is_the_derived_one(attention,
     found = {}
     for backend in ("cpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        attended = functools.partial(attend, segments_BT=segments_BT, attention=attention, window=window, scale=0.3)
-        found[backend] = jax.jit(lambda *qkv, f=attended: jax.vjp(f, *qkv)[1](dy))(q, k, v)
+
+        @jax.jit
+        def gradient(dy, segments_BT, *qkv):
+            def attended(*qkv):
+                return attend(*qkv, segments_BT, attention=attention, window=window, scale=0.3)
+
+            return jax.vjp(attended, *qkv)[1](dy)
+
+        found[backend] = gradient(dy, segments_BT, q, k, v)
     for ours, derived in zip(found["cpu"], found["tpu"], strict=True):
         assert np.abs(derived).max() > 0.1
         np.testing.assert_allclose(ours, derived, atol=2e-5)

@@ -19,10 +19,13 @@ EXPERTS = {"model.moe.num_experts": 4, "model.moe.experts_per_token": 2, "model.
 GATES = ("softmax", "topk_softmax", "sigmoid")
 
 
+route = jax.jit(moe.route, static_argnums=2)
+
+
 def routed(logits_NE, bias_E=None, **fields) -> moe.Routing:
     cfg = MoeConfig(num_experts=logits_NE.shape[1], **fields)
     bias_E = np.zeros(cfg.num_experts, np.float32) if bias_E is None else np.asarray(bias_E, np.float32)
-    return jax.tree.map(lambda a: np.asarray(a)[0], moe.route(jnp.asarray(logits_NE)[None], bias_E, cfg))
+    return jax.tree.map(lambda a: np.asarray(a)[0], route(jnp.asarray(logits_NE)[None], bias_E, cfg))
 
 
 def random_logits(seed, N=64, E=8) -> np.ndarray:

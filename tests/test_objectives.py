@@ -41,10 +41,10 @@ def expected_loss(params, x_BTD, view, z_loss):
     return total.sum() / view.count, (view.weights_BT * nll).sum() / view.count
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def loss_and_gradients(params, x_BTD, view, z_loss, chunk):
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def loss_and_gradients(params, x_BTD, view, z_loss, chunk, batch_shards=None):
     def loss(params, x_BTD):
-        return objectives.weighted_loss(unembed, params, x_BTD, view, z_loss, chunk)
+        return objectives.weighted_loss(unembed, params, x_BTD, view, z_loss, chunk, batch_shards)
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x_BTD)
 
@@ -78,10 +78,10 @@ def test_the_chunked_gradient_scales_with_what_is_asked_of_it(seed):
     params, x_BTD, view = problem(seed)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def squared(chunk, params):
+    def squared(chunk, params, x_BTD, view):
         return jax.grad(lambda p: objectives.weighted_loss(unembed, p, x_BTD, view, 0.0, chunk)[0] ** 2)(params)
 
-    assert_same(squared(16, params), squared(0, params), rtol=1e-4, atol=1e-6)
+    assert_same(squared(16, params, x_BTD, view), squared(0, params, x_BTD, view), rtol=1e-4, atol=1e-6)
 
 
 def test_a_chunk_is_the_most_positions_of_every_sequence_that_fit():
@@ -95,12 +95,8 @@ def test_leaving_out_what_has_no_weight_changes_nothing(shards, chunk, seed):
     params, x_BTD, view = problem(seed)
     view.weights_BT[3] = 0
 
-    def loss(params, x_BTD, batch_shards):
-        return objectives.weighted_loss(unembed, params, x_BTD, view, 0.3, chunk, batch_shards)
-
     ((value, nll), grads), ((expected, nll_all), expected_grads) = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, batch_shards=s), (0, 1), has_aux=True))(params, x_BTD)
-        for s in (shards, None)
+        loss_and_gradients(params, x_BTD, view, 0.3, chunk, s) for s in (shards, None)
     )
     assert value == pytest.approx(float(expected), rel=1e-5)
     assert_same(grads, expected_grads, rtol=1e-4, atol=1e-6)
@@ -181,7 +177,8 @@ def test_a_chunked_loss_never_holds_all_the_logits():
 @pytest.mark.parametrize("chunk", [0, 5, 16])
 def test_token_losses_are_the_cross_entropy_of_each_token(chunk, seed):
     params, x_BTD, view = problem(seed)
-    nll_BT = objectives.token_losses(unembed, params, x_BTD, view.targets_BT, chunk)
+    token_losses = jax.jit(objectives.token_losses, static_argnums=(0, 4))
+    nll_BT = token_losses(unembed, params, x_BTD, view.targets_BT, chunk)
     assert nll_BT.shape == view.targets_BT.shape
     weighted = np.sum(view.weights_BT * np.asarray(nll_BT, np.float64)) / view.count
     assert weighted == pytest.approx(expected_loss(params, x_BTD, view, 0.0)[1], rel=1e-5)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from random_denoisers import DIGITS, MASK, CallsPerRow, T, V, many, row_of
+from random_denoisers import DIGITS, MASK, CallsPerRow, T, V, many, rows_of
 
 from slmjax.decoding import ordered, prophet
 
@@ -41,7 +41,7 @@ def with_gaps(gap_BT):
 
     def denoiser(tokens_BT):
         logits_BTV = np.zeros((*np.shape(tokens_BT), V))
-        logits_BTV[..., 3] = gap_BT[[row_of(tokens_T) for tokens_T in tokens_BT]]
+        logits_BTV[..., 3] = gap_BT[rows_of(tokens_BT)]
         return logits_BTV - np.log(np.exp(logits_BTV).sum(2, keepdims=True))
 
     return denoiser

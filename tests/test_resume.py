@@ -184,10 +184,10 @@ def assert_nothing_lost(folder, straight, run) -> None:
     assert not leftovers and not (folder / run.run_id / "lease.json").exists()
 
 
-def test_twenty_kills_lose_nothing(tmp_path, seed):
+def test_ten_kills_lose_nothing(tmp_path, seed):
     run = make_run({"train.steps": 300, "log.checkpoint_every": 1, "optim.spike_factor": 1.5})
     runs.train_here(tmp_path / "straight", make_run(config.flatten(run.config) | {"log.checkpoint_every": 0}))
-    kill_often(tmp_path / "killed", run, kills=20, kills_at_start=5, window_s=0.25, rng=random.Random(seed))
+    kill_often(tmp_path / "killed", run, kills=10, kills_at_start=3, window_s=0.25, rng=random.Random(seed))
     assert runs.train_here(tmp_path / "killed", run) == {run.run_id: "done"}
     assert_nothing_lost(tmp_path / "killed", tmp_path / "straight", run)
 

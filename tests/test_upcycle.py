@@ -80,11 +80,11 @@ def test_logits_are_the_dense_models(name, seed):
     tokens, segments = tiny.random_tokens(seed, 2, 16), tiny.random_segments(seed, 2, 16)
 
     @jax.jit
-    def logits(dense_params, params):
+    def logits(dense_params, params, tokens, segments):
         apply = (made.dense.apply, dense_params), (made.model.apply, params)
         return [apply_one(its, tokens, segments)[0] for apply_one, its in apply]
 
-    wanted, found = map(np.asarray, logits(made.dense_params, made.params))
+    wanted, found = map(np.asarray, logits(made.dense_params, made.params, tokens, segments))
     assert np.max(np.abs(found - wanted)) < 1e-5 < 0.1 * np.std(wanted)
 
 
