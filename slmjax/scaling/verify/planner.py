@@ -3,9 +3,10 @@
 Every public table of runs over N and D with at least four runs per parameter of the law: Chinchilla, each of Porian's
 ten configurations, and the runs of datablations that repeat no data. (Step Law's cells are 17, for five parameters, and
 their replay needs all of its FLOPs.) The forecast is the loss at ten times the largest run. The bar is the whole
-sweep's 95% interval, within 5%, about the resampling error of such a ratio. Two readings are held to it: the intervals
-as printed, and with scatter and discrepancy as the whole sweep shows them, so that only what was bought differs. Beside
-them stand, held to nothing, other ways to spend the same FLOPs, and about the least that hindsight could have reached.
+sweep's 95% interval, within 5%, about the resampling error of such a ratio. Three sweeps at least are to reach it: the
+third best is judged, each is shown. Two readings: the intervals as printed, and with scatter and
+discrepancy as the whole sweep shows them, so that only what was bought differs. Beside them stand other ways to spend
+the same FLOPs, and about the least that hindsight could have reached.
 """
 
 import math
@@ -20,22 +21,30 @@ SOURCE = "planner"
 REACH = 10.0
 SAME_WIDTH = 0.05
 LEAST_RUNS = 20
+NUM_SWEEPS = 3
 
 
 def checks(folder: Path | None) -> Iterator[Check]:
     if folder is None:
         return
+    planned: dict[str, list[float]] = {}
     for name, points in sweeps(folder):
         if len(points) < LEAST_RUNS:
             continue
         sweep = Sweep.of(points, REACH)
         for how, (printed, known) in _ratios(sweep).items():
-            tolerance = SAME_WIDTH if how == "planned" else math.inf
             for reading, ratio in (("as printed", printed), ("errors as the whole shows them", known)):
+                if how == "planned":
+                    planned.setdefault(reading, []).append(ratio)
                 what = f"{name}: width with half of the FLOPs over the whole's, {how}, {reading}"
-                yield Check(SOURCE, what, ratio, published=1.0, tolerance=tolerance, at_most=True)
+                yield Check(SOURCE, what, ratio, published=1.0, tolerance=math.inf, at_most=True)
         what = f"{name}: the least in hindsight, errors as the whole shows them"
         yield Check(SOURCE, what, hindsight(sweep), published=1.0, tolerance=math.inf, at_most=True)
+    for reading, ratios in planned.items():
+        if len(ratios) >= NUM_SWEEPS:
+            what = f"width with half of the FLOPs, planned, {reading}: number {NUM_SWEEPS} of {len(ratios)} sweeps"
+            third = sorted(ratios)[NUM_SWEEPS - 1]
+            yield Check(SOURCE, what, third, published=1.0, tolerance=SAME_WIDTH, at_most=True)
 
 
 def _ratios(sweep):
