@@ -39,7 +39,7 @@ def study(rng, design, noise):
     return points, [run("new", N, C / 6 / N) for C, N in sizes.items()]
 
 
-def coverage(seed, num_studies, num_bootstrap=200, designs=DESIGNS):
+def coverage(seed, num_studies, designs=DESIGNS):
     """Shares held of parameters, of new runs and of hidden runs by level, over studies of alternating designs.
 
     "new runs" are held by an interval without the form's error, for these studies have none; "forecast" is the interval
@@ -49,7 +49,7 @@ def coverage(seed, num_studies, num_bootstrap=200, designs=DESIGNS):
     for i in range(num_studies):
         rng = np.random.default_rng([seed, i])
         points, new = study(rng, designs[i % len(designs)], (0.001, 0.003)[i // 2 % 2])
-        made = fit(points, num_bootstrap=num_bootstrap)
+        made = fit(points, num_bootstrap=200)
         tested = back_test(made)
         predicted = prediction.predict(made, {name: np.array([p.value(name) for p in new]) for name in "NDC"})
         error_m = np.log([p.loss for p in new]) - predicted.value_m
@@ -67,7 +67,7 @@ def coverage(seed, num_studies, num_bootstrap=200, designs=DESIGNS):
 def test_coverage_on_planted_studies(seed):
     """Twelve studies: what is within one study goes wrong together, so the share held has the standard error of at
     best twelve independent draws; three of them either side of the band."""
-    got = coverage(seed, 12, num_bootstrap=100)
+    got = coverage(seed, 12)
     for what, by_level in got.items():
         for level, (low, high) in BANDS.items():
             room = 3 * math.sqrt(level * (1 - level) / 12)

@@ -75,7 +75,7 @@ def test_intervals_cover_the_truth():
     """
     rng, hits = np.random.default_rng(11), {0.8: [], 0.95: []}
     for _ in range(60):
-        found = fit(planted(noise=0.003, rng=rng), num_bootstrap=100)
+        found = fit(planted(noise=0.003, rng=rng), num_bootstrap=200)
         for level, hit in hits.items():
             ends = found.intervals(level)
             hit.append([ends[name][0] <= TRUTH[name] <= ends[name][1] for name in TRUTH])

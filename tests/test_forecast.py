@@ -84,7 +84,7 @@ def test_loss_intervals_cover_a_new_run():
     around 80% and 95%. Many more, with outliers and gaps, are judged in test_backtest.py."""
     rng, noise, inside = np.random.default_rng(21), 0.003, {0.8: 0, 0.95: 0}
     for _ in range(8):
-        made = forecast.loss(fit(planted(noise=noise, rng=rng), num_bootstrap=100), N=5e9, D=1.5e11)
+        made = forecast.loss(fit(planted(noise=noise, rng=rng), num_bootstrap=200), N=5e9, D=1.5e11)
         seen = surface(5e9, 1.5e11) * math.exp(rng.normal(0, noise))
         for level in inside:
             low, high = made["loss"].intervals[level]
@@ -126,7 +126,7 @@ def test_unbounded_optimum_is_printed_as_unbounded():
         for N in (1e8, 1.4e8, 2e8)
         for D in np.geomspace(1e8, 1e12, 9)
     ]
-    made = forecast.optimum(fit(points, num_bootstrap=100), 1e22)
+    made = forecast.optimum(fit(points, num_bootstrap=300), 1e22)
     assert "unbounded" in made.table() and "N is weakly identified" in made.table()
     assert None in json.loads(made.to_json())["quantities"]["N"]["intervals"]["0.95"]
 
