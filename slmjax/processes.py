@@ -9,6 +9,7 @@ In a process on its own everything here is the plain thing. Never here: what is 
 import contextlib
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -33,6 +34,15 @@ class ElsewhereError(RuntimeError):
 
 class DisagreementError(ConfigError):
     """The processes were started with different things; raised in all of them."""
+
+
+# What JAX, gloo, NCCL and the coordination service say when a process they talk to has gone.
+LOST = re.compile(r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|heartbeat|coordination|connection", re.IGNORECASE)
+
+
+def has_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone: nothing is wrong with the run, which can go on elsewhere."""
+    return not alone() and isinstance(error, jax.errors.JaxRuntimeError) and bool(LOST.search(str(error)))
 
 
 def alone() -> bool:
@@ -72,7 +82,8 @@ def joined(wanted: bool = True) -> Iterator[None]:
         traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        # 3, as after a signal: the newest checkpoint is there to go on from, and whoever started this may do so.
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 3 if has_lost(error) else 1)
     jax.distributed.shutdown()
 
 

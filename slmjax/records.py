@@ -86,6 +86,15 @@ class SilentWriter:
         pass
 
 
+def write_failure(run_dir: Path, total_steps: int, reason: str) -> None:
+    """Says of a run that it failed where no attempt of its own could: before it began, or in another's hands."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "status.json"
+    left = {"step": 0, "total_steps": total_steps, "loss": None, "tokens_per_s": 0, "attempt": 0}
+    now = {"state": "failed", "pid": os.getpid(), "time": time.time(), "reason": reason}
+    write_json(path, left | (read_json(path) or {}) | now)
+
+
 @dataclass
 class RunRecords:
     """Everything one run folder says. `train` and `evals` are in step order, each step once."""

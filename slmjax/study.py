@@ -7,6 +7,7 @@ study = Study("wsd_ladder", base, branch(product(sizes, axis("optim.lr", [0.01])
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,9 +141,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
+    """name: that of its folder, and a part of the names of its jobs."""
+
     name: str
     base: RunConfig
     cells: list[Cell]
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}", self.name):
+            raise ConfigError(f"a study's name has letters, digits, '_', '.' and '-', 100 at most, not {self.name!r}")
 
     @functools.cached_property
     def runs(self) -> list[Run]:

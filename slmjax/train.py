@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from slmjax import config, ladder, optim, processes, program, schedules, sharding
+from slmjax import config, ladder, optim, processes, program, records, schedules, sharding
 from slmjax.lease import LeaseError
 from slmjax.member import Member
 from slmjax.processes import Ballot, DisagreementError, ElsewhereError, Vote
@@ -173,7 +173,7 @@ class _Pack:
         training = {m.run.run_id: m for m in self.members if m}
         for run in [run for run in self.waiting if self.outcome.get(run.parent) in ("failed", "diverged")]:
             self.waiting.remove(run)  # it would cost a whole run, and end as its trunk did
-            self._closed(run.run_id, "failed", f"its trunk {run.parent} {self.outcome[run.parent]}")
+            self._failed_unopened(run, f"its trunk {run.parent} {self.outcome[run.parent]}")
         for run in self.waiting:
             trunk = training.get(run.parent)
             ready = run.parent not in self.unfinished or (trunk and trunk.saved_step >= run.branch_step)
@@ -185,8 +185,11 @@ class _Pack:
     def _open(self, run: Run, place: int) -> Member | None:
         try:
             member = Member(run, self.folder, self.program)
-        except (LeaseError, OSError, ElsewhereError) as error:  # nothing is written to a folder that is another's
+        except LeaseError as error:  # nothing is written to a folder that is another's
             self._closed(run.run_id, "failed", f"{type(error).__name__}: {error}")
+            return None
+        except (OSError, ElsewhereError) as error:
+            self._failed_unopened(run, f"{type(error).__name__}: {error}")
             return None
         self.members[place] = member
         try:
@@ -206,6 +209,12 @@ class _Pack:
             if isinstance(error, DisagreementError):
                 raise
         return self.members[place]
+
+    def _failed_unopened(self, run: Run, reason: str) -> None:
+        if processes.first():
+            with contextlib.suppress(OSError):  # what failed may be the disk
+                records.write_failure(self.folder / run.run_id, run.config.train.steps, reason)
+        self._closed(run.run_id, "failed", reason)
 
     def _fail(self, place: int, error: Exception) -> None:
         """Ends a member for an error of its own, the same in every process; the others go on."""

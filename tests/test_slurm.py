@@ -1,5 +1,6 @@
 """Slurm: what is asked of it, against stand-ins for its programs; and whole studies on a real one (`make slurm`)."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,8 +16,9 @@ import slurm_cluster
 
 from slmjax import cli, launchers, records
 from slmjax.cli import options
-from slmjax.launchers import backends, driver, status, submissions
+from slmjax.launchers import backends, driver, slurm, status, submissions
 from slmjax.launchers.backend import BackendError, chain_packs, chains
+from slmjax.launchers.command import Refused
 from slmjax.launchers.slurm import Slurm
 
 ROOT = Path(__file__).parents[1]
@@ -65,12 +67,13 @@ queue = json.loads((folder / "queue.json").read_text())
 with open(folder / "calls", "a") as calls:
     calls.write(json.dumps([name, *args]) + "\\n")
 if (folder / f"fail-{{name}}").exists():
-    sys.exit("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    sys.exit((folder / f"fail-{{name}}").read_text())
 if name == "scontrol":
     print("MaxArraySize            = 5")
 if name == "squeue":
     wanted = next(a for a in args if a.startswith("--name="))[7:].split(",")
-    print("\\n".join(line for line in queue if line.split("|")[0] in wanted))
+    shown = os.environ.get("SQUEUE_STATES", "PENDING,RUNNING").split(",")
+    print("\\n".join(line for line in queue if line.split("|")[0] in wanted and line.split("|")[3] in shown))
 if name == "sbatch":
     said = {{a.split("=")[0][2:]: a.split("=", 1)[1] for a in args if a.startswith("--") and "=" in a}}
     job = str(1 + len({{line.split("|")[1] for line in queue}}))
@@ -174,10 +177,42 @@ def test_a_lost_answer_is_not_a_second_job(study_file, tmp_path, stand_in, job):
     assert set(handed(folder).values()) == {1} and len(queue(stand_in)) == 12
 
 
+def test_a_refusal_leaves_nothing_behind_and_ends_the_watch(study_file, tmp_path, stand_in, job, monkeypatch):
+    """Slurm said no and means it, as to a partition that is not there; tried again a few times, for it may not."""
+    monkeypatch.setattr(driver, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(Slurm, "poll_s", 0.01)
+    (stand_in / "fail-sbatch").write_text("sbatch: error: invalid partition specified: gpu")
+    plan = plan_of(study_file, "12")
+    folder = plan.save(tmp_path)
+    with pytest.raises(Refused, match="invalid partition"):
+        driver.run(plan, folder, Slurm(folder, job), watch=True)
+    assert handed(folder) == {} and len(calls(stand_in, "sbatch")) == driver.MAX_LAUNCHES
+
+
+def test_an_answer_that_is_late_is_waited_for(study_file, tmp_path, stand_in, job, monkeypatch):
+    """sbatch was cut off, and squeue does not list the job yet: nothing is handed over before that is settled."""
+    (stand_in / "fail-sbatch").write_text("sbatch: error: Unable to contact slurm controller (connect failure)")
+    for _ in range(2):
+        with contextlib.suppress(BackendError):
+            hand_over(study_file, tmp_path, job, "fewer", chains_per_pack=11)
+    assert len(calls(stand_in, "sbatch")) == 1
+    (stand_in / "fail-sbatch").unlink()
+    monkeypatch.setattr(slurm, "SETTLE_S", 0.0)
+    _, folder = hand_over(study_file, tmp_path, job, "fewer", chains_per_pack=11)
+    assert len(queue(stand_in)) == 1 and set(handed(folder).values()) == {2}
+
+
+def test_a_users_filters_hide_no_job(study_file, tmp_path, stand_in, job, monkeypatch):
+    monkeypatch.setenv("SQUEUE_STATES", "RUNNING")
+    _, folder = hand_over(study_file, tmp_path, job)
+    hand_over(study_file, tmp_path, job)
+    assert set(handed(folder).values()) == {1}
+
+
 def test_a_controller_that_does_not_answer_stops_the_hand_over(study_file, tmp_path, stand_in, job, capsys):
     _, folder = hand_over(study_file, tmp_path, job)
     before = handed(folder)
-    (stand_in / "fail-squeue").touch()
+    (stand_in / "fail-squeue").write_text("slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     line = ["study", "run", "--on=slurm", f"--script={job}", f"--study={study_file}:12", f"--out={tmp_path}"]
     assert cli.main(line) == 1
     assert "Unable to contact slurm controller" in capsys.readouterr().err
@@ -227,7 +262,11 @@ def test_a_dry_run_writes_nothing(study_file, tmp_path, stand_in, job, capsys):
         (["--on=slrum"], "slurm"),
         (["--on=slurm"], "launch/slurm/job.sh"),
         (["--on=slurm", "--script=no/such.sh"], "no/such.sh"),
-        (["--script=job.sh"], "--script means nothing --on=local"),
+        (["--script=job.sh"], "--script means nothing with --on=local"),
+        (["--on=slrum", "--devices_per_node=8"], "--on=slrum"),
+        (["--on=slurm", "--script=", "--jobs=2"], "launch/slurm/job.sh"),
+        (["--on=slurm", "--jobs=0"], "--jobs=0"),
+        (["--on=slurm", "--chains_per_pack=-1"], "--chains_per_pack=-1"),
         (["--device_hours=-1"], "device_hours=-1"),
     ],
 )

@@ -107,12 +107,18 @@ def test_a_runs_identity_is_its_config_alone(seed):
     runs = {run.run_id: run for run in Study("a", BASE, cells).runs}
     shuffled = random.Random(seed).sample(cells, len(cells))
     more = chain(axis("optim.b1", [0.1]), shuffled)
-    again = {run.run_id: run for run in Study("another name", BASE, more).runs}
+    again = {run.run_id: run for run in Study("another_name", BASE, more).runs}
     assert set(runs) < set(again) and len(again) == len(runs) + 1
     for run_id, run in runs.items():
         assert again[run_id].config == run.config and again[run_id].parent == run.parent
     relabelled = [Cell(cell.changes, {**cell.tags, "note": "x"}) for cell in cells]
     assert {run.run_id for run in Study("a", BASE, relabelled).runs} == set(runs)
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a,b", "../up", "-flag", "x" * 101])
+def test_a_name_that_no_folder_or_job_could_have_is_refused(name):
+    with pytest.raises(ConfigError, match="a study's name has letters"):
+        Study(name, BASE, [Cell()])
 
 
 def test_runs_are_in_the_order_of_the_study():

@@ -280,7 +280,10 @@ def test_branches_of_a_failed_trunk_are_not_trained(poison, tmp_path):
     outcome = runs.train_here(tmp_path, *lost, *kept, members=2)
     expected = {run.run_id: "failed" if run.parent else "diverged" for run in lost}
     assert outcome == expected | {run.run_id: "done" for run in kept}
-    assert not any((tmp_path / run.run_id).exists() for run in lost if run.parent)
+    for run in lost[1:]:
+        said = runs.load(tmp_path, run)
+        assert said.num_attempts == 0 and said.status["state"] == "failed"
+        assert said.status["reason"] == f"its trunk {run.parent} diverged"
 
 
 def test_members_that_fail_are_labelled_and_the_others_go_on(pack, trained, tmp_path, monkeypatch):

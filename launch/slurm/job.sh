@@ -19,17 +19,19 @@ set -u
 source "${SLMJAX_VENV:-.venv}/bin/activate"   # SITE: launch/setup.sh makes it; sbatch starts in the folder of submission
 
 # srun does not take this over from sbatch by itself.
-export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"; fi
 
-# With several processes JAX finds its coordinator, rank and size from Slurm's own variables.
-distributed=()
-if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then distributed=(--distributed); fi
+# With several processes JAX finds its coordinator, rank and size from Slurm's own variables, where none are left from a
+# launch by hand in the shell that sbatch was called from.
+unset JAX_NUM_PROCESSES JAX_PROCESS_ID
+distributed=
+if [ "${SLURM_NTASKS:-${SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then distributed=--distributed; fi
 
 # Slurm ends this shell, too, when it cancels or requeues the job itself; before a time limit it signals the steps alone.
 ended_by_slurm=
 trap 'ended_by_slurm=yes' TERM
 
-srun slmjax pack "$1" --task="$SLURM_ARRAY_TASK_ID" "${distributed[@]}"
+srun slmjax pack "$1" --task="$SLURM_ARRAY_TASK_ID" $distributed
 code=$?
 
 # 3: stopped with everything saved. Nobody but the time limit asked for it, so the run wants another turn.

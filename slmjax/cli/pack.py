@@ -48,7 +48,13 @@ def run(flags: FlagValues, args: list[str]) -> int:
         file = _brought(file, Path(flags.out) / mirror.name)
     if flags.task is not None:
         file = submissions.pack_file(file, flags.task)
-    pack = launchers.read_pack(file)
+    try:
+        pack = launchers.read_pack(file)
+    except ValueError as error:
+        for path in launchers.refuse_pack(file, error):
+            if mirror is not None:
+                paths.copy(path, mirror / path.parent.name / path.name)
+        raise
     with options.joined(flags):
         return launchers.train_pack(pack) if mirror is None else _train_mirrored(pack, mirror, flags.mirror_every)
 
@@ -69,7 +75,7 @@ def _train_mirrored(pack: launchers.Pack, mirror: paths.Path, every_s: float) ->
 
     try:
         with mirrored(pack.runs, pack.folder, mirror, pack.name, every_s=every_s, stop=_stop_training):
-            return launchers.train_pack(pack)
+            return launchers.train_pack(pack, study_folder=mirror)
     except MirrorError as error:
         print(f"slmjax pack: {error}", file=sys.stderr)
         return 1

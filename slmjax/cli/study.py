@@ -36,13 +36,13 @@ def define(flag_values: FlagValues) -> None:
     options.define_json(flag_values)
     absl_flags.DEFINE_string("on", "local", "run: where, " + ", ".join(backends.BACKENDS), flag_values=flag_values)
     absl_flags.DEFINE_integer("jobs", None, "run: packs to train at a time; local: 1, each on its share of the machine",
-                              flag_values=flag_values)  # fmt: skip
+                              lower_bound=1, flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_string("script", None, "run: what a cluster is given for each pack, from launch/",
                              flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_integer("chains_per_pack", 1, "run, on a cluster: trunks with their branches, or single runs, "
-                              "that one process trains", flag_values=flag_values)  # fmt: skip
+                              "that one process trains", lower_bound=1, flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_integer("devices_per_node", None, "run, on Slurm: more nodes for a mesh of more devices",
-                              flag_values=flag_values)  # fmt: skip
+                              lower_bound=1, flag_values=flag_values)  # fmt: skip
     absl_flags.DEFINE_string("arguments", "", "run: more of them for sbatch, as one string", flag_values=flag_values)
     absl_flags.DEFINE_string("mirror", None, "run, on sky and tpu: the study's copy in a store, gs://BUCKET/.../NAME",
                              flag_values=flag_values)  # fmt: skip
@@ -159,7 +159,9 @@ def _run(flags: FlagValues) -> int:
     if not flags.json:
         print(f"records, checkpoints and logs: {folder}")
         if exit_code == 3:
-            print("stopped with everything saved; the same command goes on")
+            stopped = "stopped with everything saved; the same command goes on"
+            left = "left; what is handed over goes on, and the same command watches it again"
+            print(budget.exceeded(folder) or (stopped if place.attached else left))
     return exit_code
 
 
@@ -167,17 +169,18 @@ def _backend(flags: FlagValues, folder: Path) -> Backend:
     """What --on names, with the flags that are for it; a flag of another one is refused."""
     given = {
         "jobs": flags.jobs,
-        "script": flags.script and Path(flags.script),
+        "script": Path(flags.script) if flags.script else None,
         "chains_per_pack": flags.chains_per_pack,
         "devices_per_node": flags.devices_per_node,
         "arguments": flags.arguments,
         "mirror": flags.mirror,
     }
+    backends.check_name(flags.on)
     of_cluster = ("jobs", "script", "chains_per_pack", "arguments")
     takes = {"local": ("jobs",), "slurm": (*of_cluster, "devices_per_node")}.get(flags.on, (*of_cluster, "mirror"))
     for name in given:
         if name not in takes and flags[name].present:
-            raise ConfigError(f"--{name} means nothing --on={flags.on}, which takes {', '.join(takes)}")
+            raise ConfigError(f"--{name} means nothing with --on={flags.on}, which takes --{', --'.join(takes)}")
     options = {name: given[name] for name in takes if given[name] is not None}
     return backends.open_backend(flags.on, folder, **options)
 

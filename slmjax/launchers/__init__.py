@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,23 +81,34 @@ def _from_json(entry: dict) -> Run:
     return run
 
 
-def train_pack(pack: Pack) -> int:
+def refuse_pack(path: Path, error: ValueError) -> list[Path]:
+    """Makes what `read_pack` has raised the reason of the runs that the file names; their status files."""
+    entries = json.loads(path.read_text())["runs"]
+    for entry in entries:
+        steps = entry["config"].get("train", {}).get("steps", 0)
+        records.write_failure(path.parent.parent / entry["run_id"], steps, f"ConfigError: {error}")
+    return [path.parent.parent / entry["run_id"] / "status.json" for entry in entries]
+
+
+def train_pack(pack: Pack, study_folder: Path | None = None) -> int:
     """Trains a pack in this process and returns its exit code, once no killed process elsewhere holds a run of it.
 
-    It is 1 at once when the study's budget is spent. Whatever ends the pack before its runs begin (a mesh that does not
-    fit, no memory) becomes their reason as well.
+    It is 1 at once when the study's budget is spent, by the records in `study_folder`, which is the pack's own when not
+    given. Whatever ends the pack before its runs begin (a mesh that does not fit, no memory) becomes their reason as
+    well; that another process is gone does not.
     """
     from slmjax import processes, train
     from slmjax.launchers import budget
 
-    if pack.unfinished and (over := processes.of_first(lambda: budget.exceeded(pack.folder))) is not None:
+    over = processes.of_first(lambda: budget.exceeded(study_folder or pack.folder)) if pack.unfinished else None
+    if over is not None:
         print(f"{pack.folder}: {over}", file=sys.stderr)
         return 1
     processes.of_first(lambda: lease.wait_for([pack.folder / run.run_id for run in pack.unfinished]))
     try:
         return train.train_pack(pack.runs, pack.folder).exit_code
     except Exception as error:
-        for run in pack.unfinished if processes.first() else ():
+        for run in pack.unfinished if processes.first() and not processes.has_lost(error) else ():
             _blame(pack.folder / run.run_id, run, error)
         raise
 
@@ -107,11 +117,8 @@ def _blame(run_dir: Path, run: Run, error: Exception) -> None:
     status = records.read_json(run_dir / "status.json") or {}
     if status.get("state") in ("failed", "diverged") and status.get("pid") == os.getpid():
         return  # it ended for a reason of its own
-    run_dir.mkdir(exist_ok=True)
+    records.write_failure(run_dir, run.config.train.steps, f"{type(error).__name__}: {error}")
     (run_dir / "error.txt").write_text("".join(traceback.format_exception(error)))
-    left = {"step": 0, "total_steps": run.config.train.steps, "loss": None, "tokens_per_s": 0, "attempt": 0}
-    now = {"state": "failed", "pid": os.getpid(), "time": time.time(), "reason": f"{type(error).__name__}: {error}"}
-    records.write_json(run_dir / "status.json", left | status | now)
 
 
 # --- locks: held by an open file, so that the kernel drops them when their process dies ------------------------------
@@ -128,10 +135,10 @@ def take_lock(path: Path) -> int | None:
     return fd
 
 
-def name_holder(fd: int, pid: int) -> None:
+def name_holder(fd: int, pid: int, **further) -> None:
     """Writes into a lock who has it."""
     os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": pid}).encode(), 0)
+    os.pwrite(fd, json.dumps({"host": socket.gethostname(), "pid": pid, **further}).encode(), 0)
 
 
 def is_held(path: Path) -> bool:
@@ -142,14 +149,18 @@ def is_held(path: Path) -> bool:
     return fd is None
 
 
+def said_by_holder(path: Path) -> dict:
+    """What the holder of a lock has written into it; {} when it is free, or too new to have said."""
+    if is_held(path):
+        with contextlib.suppress(ValueError):
+            return json.loads(path.read_text())
+    return {}
+
+
 def holder_of(path: Path) -> int | None:
     """The process on this host that holds the lock; None when it is free, elsewhere, or too new to have said."""
-    if not is_held(path):
-        return None
-    with contextlib.suppress(ValueError):
-        said = json.loads(path.read_text())
-        return said["pid"] if said["host"] == socket.gethostname() else None
-    return None
+    said = said_by_holder(path)
+    return said.get("pid") if said.get("host") == socket.gethostname() else None
 
 
 @contextlib.contextmanager

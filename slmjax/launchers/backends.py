@@ -3,6 +3,7 @@
 import importlib
 import os
 import signal
+import time
 from pathlib import Path
 
 from slmjax import launchers, records
@@ -10,6 +11,7 @@ from slmjax.config import ConfigError, nearest
 from slmjax.launchers import status, submissions
 from slmjax.launchers.backend import Backend, BackendError, Seen
 
+LEAVE_S = 120.0  # that a launcher has to finish a hand-over and leave
 BACKENDS = {
     "local": "slmjax.launchers.local.Local",
     "slurm": "slmjax.launchers.slurm.Slurm",
@@ -18,14 +20,19 @@ BACKENDS = {
 }
 
 
+def check_name(name: str) -> None:
+    """Raises ConfigError: there is no backend of that name."""
+    if name not in BACKENDS:
+        raise ConfigError(f"--on={name} is not known; {nearest(name, BACKENDS)}")
+
+
 def open_backend(name: str, folder: Path, **options) -> Backend:
     """The backend of a study's folder; without options, to ask it and to cancel.
 
     Raises:
       ConfigError: there is none of that name.
     """
-    if name not in BACKENDS:
-        raise ConfigError(f"--on={name} is not known; {nearest(name, BACKENDS)}")
+    check_name(name)
     module, _, kind = BACKENDS[name].rpartition(".")
     return getattr(importlib.import_module(module), kind)(folder, **options)
 
@@ -67,9 +74,14 @@ def cancel(folder: Path) -> list[str]:
     them without saving. Nor do processes in a scheduler's hands, which would take their end for a time limit's.
 
     Raises:
-      BackendError: a scheduler that has runs of it could not be asked; all others have been.
+      BackendError: its launcher is on another machine and would start it again; or a scheduler that has runs of it
+        could not be asked, and all others have been.
     """
-    driver = launchers.holder_of(folder / "packs" / "launcher.lock")
+    lock = folder / "packs" / "launcher.lock"
+    driver, said = launchers.holder_of(lock), launchers.said_by_holder(lock)
+    if said and driver is None:
+        who = f"pid {said.get('pid')} on {said.get('host')}"
+        raise BackendError(f"its launcher, {who}, would hand over again what is cancelled here; stop that one first")
     packs = {launchers.holder_of(path) for path in folder.glob("packs/*.lock")} - {None, driver}
     scheduled, troubles = in_hand(folder)
     alone = {
@@ -78,12 +90,28 @@ def cancel(folder: Path) -> list[str]:
         if row.state == "running" and row.run_id not in scheduled and status.is_here(folder / row.run_id)
     }
     chosen = ((alone - packs) | {driver}) if driver else (alone | packs)
-    for pid in sorted(chosen):
-        os.kill(pid, signal.SIGTERM)
-    asked = [f"pid {pid}" for pid in sorted(chosen)]
+    asked = [f"pid {pid}" for pid in sorted(chosen) if _stop(pid)]
+    if scheduled and driver:  # it may be in the middle of a hand-over
+        _wait_free(lock)
+        scheduled, troubles = in_hand(folder)
     for name in {name for name, _ in scheduled.values()}:
         place = open_backend(name, folder)
         asked += place.cancel(place.poll())
     if troubles:
         raise BackendError("; ".join(troubles))
     return asked
+
+
+def _stop(pid: int) -> bool:
+    """Whether the process was there to be asked."""
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _wait_free(lock: Path) -> None:
+    deadline = time.monotonic() + LEAVE_S
+    while launchers.is_held(lock) and time.monotonic() < deadline:
+        time.sleep(0.1)

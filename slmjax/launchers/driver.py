@@ -7,6 +7,7 @@ processes that are its own (`attached`); those of a scheduler go on, and the dri
 
 import contextlib
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from slmjax import launchers, records
 from slmjax.launchers import Pack, budget
 from slmjax.launchers.backend import Backend, BackendError, Tended, waits_for
 from slmjax.launchers.board import Board
+from slmjax.launchers.command import Refused
 from slmjax.study import Study
 
 MAX_LAUNCHES = 4  # of a pack that ends without a word: killed for lack of memory, most often, or its machine was lost
@@ -36,8 +38,9 @@ def run(plan: Study, folder: Path, place: Backend, watch: bool) -> int:
     lock = folder / "packs" / "launcher.lock"
     with launchers.held(lock) as mine:
         if not mine:
-            pid = launchers.holder_of(lock)
-            raise ValueError(f"{folder} is being run by another launcher, pid {pid}; see slmjax study status")
+            said = launchers.said_by_holder(lock)
+            who = f"pid {said.get('pid')} on {said.get('host')}"
+            raise ValueError(f"{folder} is being run by another launcher, {who}; see slmjax study status")
         driver = _Driver(plan, folder, place)
         stays = watch or place.attached or isinstance(place, Tended)
         return driver.watch() if stays else driver.hand_over()
@@ -70,11 +73,13 @@ class _Driver:
         self.in_hand = {name: packs.pop(name, pack) for name, pack in before.items()}
         self.waiting = [pack for pack in packs.values() if pack.unfinished]
         self.board = Board(folder, plan.runs)
-        self.launches: dict[str, int] = {}
+        self.launches: dict[str, int] = {}  # since the pack last got further
+        self.reached: dict[str, int] = {}  # steps of its runs together, at its last launch
         self.not_before: dict[str, float] = {}
-        self.began = time.time()
+        self.said_before = {run.run_id: self.status(run.run_id).get("time") for run in plan.runs}
         self.counted_at = float("-inf")
-        self.stopping = self.troubled = False
+        self.stopping, self.trouble = False, None
+        self.woken = threading.Event()
 
     def hand_over(self) -> int:
         """Gives the backend all it can be given now."""
@@ -82,6 +87,11 @@ class _Driver:
         if (over := budget.exceeded(self.folder)) is not None:
             raise BackendError(over)
         self.submit()
+        if self.waiting:
+            self.board.say(
+                f"{len(self.waiting)} packs wait for a place or for a run's checkpoint: the same command hands them "
+                "over then, and with --watch does so by itself"
+            )
         return 0
 
     def watch(self) -> int:
@@ -94,7 +104,8 @@ class _Driver:
                 if self.stopping and not self.place.attached:
                     break
                 self.board.update([*self.in_hand.values()], len(self.waiting))
-                time.sleep(self.place.poll_s)
+                self.woken.wait(self.place.poll_s)
+                self.woken.clear()
             self.board.update([], 0)
         return self.exit_code()
 
@@ -110,15 +121,19 @@ class _Driver:
             for name in [name for name in self.in_hand if name not in seen]:
                 self.ended(self.in_hand.pop(name))
             if not self.stopping and (over := self.over_budget()) is not None:
+                self.place.cancel(self.in_hand)
+                self.stopping = True
                 self.board.say(over)
-                self.stop()
             if not self.stopping:
                 self.submit()
-            self.troubled = False
+            self.trouble = None
         except BackendError as error:
-            if not self.troubled:
+            refusals = max((self.launches.get(pack.name, 0) for pack in self.waiting), default=0)
+            if isinstance(error, Refused) and not self.in_hand and refusals >= MAX_LAUNCHES:
+                raise  # it means it
+            if str(error) != self.trouble:
                 self.board.say(f"{self.place.name}: {error}; trying again")
-            self.troubled = True
+            self.trouble = str(error)
 
     def over_budget(self) -> str | None:
         if time.monotonic() - self.counted_at < COUNT_INTERVAL_S:
@@ -134,11 +149,33 @@ class _Driver:
             chosen = ready[:free]
             if not chosen:
                 return
-            self.place.submit(chosen, {pack.name: self.followed(pack) for pack in chosen})
+            for pack in chosen:  # counted first: some of them may have been taken when there is trouble
+                self.count(pack)
+            try:
+                self.place.submit(chosen, {pack.name: self.followed(pack) for pack in chosen})
+            except BackendError:
+                for pack in chosen:
+                    self.not_before[pack.name] = time.monotonic() + self.pause_s(pack)
+                raise
             for pack in chosen:
                 self.waiting.remove(pack)
                 self.in_hand[pack.name] = pack
-                self.launches[pack.name] = self.launches.get(pack.name, 0) + 1
+
+    def count(self, pack: Pack) -> None:
+        """Counts a launch; from anew once its runs have got further, for then what ended the last was passing."""
+        self.launches[pack.name] = 1 if self.got_further(pack) else self.launches.get(pack.name, 0) + 1
+        self.reached[pack.name] = self.steps(pack)
+
+    def pause_s(self, pack: Pack) -> float:
+        """Before the next launch; 0 before the first."""
+        count = self.launches.get(pack.name, 0)
+        return BACKOFF_S * 2 ** (count - 1) if count else 0.0
+
+    def got_further(self, pack: Pack) -> bool:
+        return self.steps(pack) > self.reached.get(pack.name, 0)
+
+    def steps(self, pack: Pack) -> int:
+        return sum(self.status(run.run_id).get("step", 0) for run in pack.runs)
 
     def ready(self) -> list[Pack]:
         """Of the waiting packs, those that can be handed over now; any, when nothing else could set them free."""
@@ -149,6 +186,8 @@ class _Driver:
     def must_wait(self, pack: Pack) -> bool:
         """Whether a run that is still coming has to save a checkpoint first that runs of this pack begin from."""
         starts = waits_for(pack)
+        if not starts:
+            return False
         coming = {run.run_id for other in self.waiting if other is not pack for run in other.unfinished}
         if not self.place.queues_after:
             coming |= {run.run_id for other in self.in_hand.values() for run in other.unfinished}
@@ -166,10 +205,10 @@ class _Driver:
             return
         count = self.launches.get(pack.name, 0)
         log = f"; its output: {pack.path('log')}" if pack.path("log").exists() else ""
-        if count >= MAX_LAUNCHES:
+        if count >= MAX_LAUNCHES and not self.got_further(pack):
             self.board.say(f"pack {pack.name} ended with {len(left)} runs unfinished: giving it up{log}")
             return
-        pause_s = BACKOFF_S * 2 ** (count - 1) if count else 0.0
+        pause_s = self.pause_s(pack)
         if count:  # else it is an earlier launch's, with whatever has come to the study since
             self.board.say(f"pack {pack.name} ended with {len(left)} runs unfinished: again in {pause_s:.0f} s{log}")
         self.not_before[pack.name] = time.monotonic() + pause_s
@@ -182,26 +221,26 @@ class _Driver:
         Stopped and saved is such a word from a process of our own; from elsewhere it means that its machine was wanted.
         """
         final = ("failed", "diverged", "preempted") if self.place.attached else ("failed", "diverged")
-        said = records.read_json(self.folder / run_id / "status.json") or {}
-        return said.get("state") in final and said["time"] > self.began
+        said = self.status(run_id)
+        # Not whether it is later than our clock: the run may have been written by another.
+        return said.get("state") in final and said["time"] != self.said_before[run_id]
 
-    def stop(self) -> None:
-        self.stopping = True
-        with contextlib.suppress(BackendError):
-            self.place.cancel(self.in_hand)
+    def status(self, run_id: str) -> dict:
+        return records.read_json(self.folder / run_id / "status.json") or {}
 
     @contextlib.contextmanager
     def catching_signals(self):
         """SIGINT and SIGTERM save and stop what is attached, a second one ends it; else the driver just leaves."""
 
         def caught(number, frame):
+            name, again = signal.Signals(number).name, self.stopping
+            self.stopping = True
+            self.woken.set()
             if not self.place.attached:
-                self.stopping = True
-                self.board.say(f"{signal.Signals(number).name}: leaving; what is handed over goes on")
+                self.board.say(f"{name}: leaving; what is handed over goes on")
                 return
-            how = "stopping at once" if self.stopping else "saving and stopping; again to stop at once"
-            self.board.say(f"{signal.Signals(number).name}: {how}")
-            self.stop()
+            self.board.say(f"{name}: {'stopping at once' if again else 'saving and stopping; again to stop at once'}")
+            self.place.cancel(self.in_hand)
 
         before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -54,7 +54,7 @@ class Local:
             lock = launchers.take_lock(pack.path("lock"))
             if lock is None:
                 raise BackendError(f"pack {pack.name} is being trained by another process")
-            place = self.free.pop(0)
+            place = self._take_place()
             command = _command(pack, place)
             # Its own session, so that Ctrl-C reaches it once, through us; its own log, outliving our terminal.
             with open(pack.path("log"), "a") as log:
@@ -67,7 +67,7 @@ class Local:
                     start_new_session=True,
                     env=os.environ | place.variables,
                 )
-            launchers.name_holder(lock, process.pid)
+            launchers.name_holder(lock, process.pid, cores=place.cores, gpus=place.gpus)
             os.close(lock)  # the child's copy holds it now
             self.children[pack.name] = place, process
 
@@ -76,15 +76,33 @@ class Local:
         return [shlex.join(_command(pack, place)) for pack, place in zip(packs, places, strict=True)]
 
     def poll(self) -> dict[str, Seen]:
+        seen = {path.stem: Seen("running", f"pid {launchers.holder_of(path)}") for path in self._held_locks()}
         for name, (place, process) in list(self.children.items()):
-            if process.poll() is not None:
+            if process.poll() is None:
+                seen.setdefault(name, Seen("running", f"pid {process.pid}"))
+            elif name not in seen:  # else it has ended since its lock was looked at, and counts at the next look
                 del self.children[name]
                 self.free.append(place)
-        seen = {}
-        for path in self.folder.glob("packs/*.lock"):
-            if path.stem != "launcher" and launchers.is_held(path):
-                seen[path.stem] = Seen("running", f"pid {launchers.holder_of(path)}")
         return seen
+
+    def _held_locks(self) -> list[Path]:
+        locks = self.folder.glob("packs/*.lock")
+        return [path for path in locks if path.stem != "launcher" and launchers.is_held(path)]
+
+    def _take_place(self) -> Place:
+        """A free place, if possible on cores that no process of an earlier launcher has, and never on its GPUs.
+
+        Raises:
+          BackendError: there is none.
+        """
+        said = [launchers.said_by_holder(path) for path in self._held_locks() if path.stem not in self.children]
+        cores, gpus = ({thing for one in said for thing in one.get(kind) or ()} for kind in ("cores", "gpus"))
+        allowed = [place for place in self.free if not gpus & set(place.gpus or ())]
+        if not allowed:
+            raise BackendError("the GPUs are in use by processes of an earlier launch")
+        place = min(allowed, key=lambda place: len(cores & set(place.cores)))
+        self.free.remove(place)
+        return place
 
     def logs(self, name: str, follow: bool) -> list[str] | None:
         path = self.folder / "packs" / f"{name}.log"

@@ -20,7 +20,7 @@ from slmjax.study import Study
 
 ASK_TIMEOUT_S = 120.0
 LAUNCH_TIMEOUT_S = 1800.0  # the first launch makes the machine that the jobs are managed from
-SETTLE_S = 900.0  # after which a job that SkyPilot has not heard of was never taken
+SETTLE_S = LAUNCH_TIMEOUT_S + 900.0  # after which a job that SkyPilot has not heard of was never taken
 MISSING = "pip install 'slmjax[sky]', or put a sky of your own on the PATH"
 NO_JOBS = "No in-progress managed jobs"  # what it says, as a failure, where there is no controller or it sleeps
 ENDED = ("SUCCEEDED", "CANCELLED")  # and all that begin with FAILED

@@ -6,19 +6,24 @@ State is read from `squeue`: accounting (`sacct`) is not needed.
 """
 
 import math
+import os
 import re
 import shlex
-import subprocess
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slmjax.launchers import Pack, submissions
 from slmjax.launchers.backend import BackendError, Seen, chain_packs, show_file
+from slmjax.launchers.command import Refused, ask
 from slmjax.launchers.submissions import Submission
 from slmjax.study import Study
 
 ASK_TIMEOUT_S = 60.0
+SETTLE_S = 120.0  # after which a job that Slurm has not listed was never taken
+UNSURE = re.compile(r"timed out|unable to contact|socket|zero bytes|communication", re.IGNORECASE)
+MISSING = "launch from a login node of the cluster"
 SQUEUE_FORMAT = "%j|%F|%K|%T|%r|%N"  # name, job, task of the array, state, reason, nodes
 RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 
@@ -69,12 +74,23 @@ class Slurm:
         self._check_script()
         queue = self._queue() if any(after.values()) else {}
         for submission, nodes, follows in self._planned(packs, after, _max_array_size()):
-            submissions.write(self.folder, submission)
+            path = submissions.write(self.folder, submission)
             jobs = sorted(queue[name].job for name in follows if name in queue)
-            _ask(self._command(submission, nodes, jobs))
+            try:
+                said = _ask(self._command(submission, nodes, jobs))
+            except Refused as error:
+                if not UNSURE.search(error.said):  # said no and meant it
+                    path.unlink()
+                raise
+            submissions.write(self.folder, replace(submission, taken=True))
+            if ";" in said:
+                raise BackendError(f"sbatch sent job {said.strip()} to another cluster, where it is not looked for")
 
     def poll(self) -> dict[str, Seen]:
         seen = {}
+        for submission in submissions.unfinished(self.folder, self.name):
+            if not submission.taken and time.time() - submission.time < SETTLE_S:
+                seen |= dict.fromkeys(submission.packs, Seen("waiting", submission.name, "Slurm has not listed it yet"))
         for name, task in self._queue().items():
             state = "running" if task.state in RUNNING else "waiting"
             note = task.reason if task.reason not in ("None", "") else ""
@@ -115,7 +131,13 @@ class Slurm:
         mesh = pack.runs[0].config.mesh
         if not self.devices_per_node or not mesh.data:
             return None
-        return math.ceil(mesh.data * mesh.fsdp * mesh.tensor * mesh.expert / self.devices_per_node)
+        devices = mesh.data * mesh.fsdp * mesh.tensor * mesh.expert
+        if devices > self.devices_per_node and devices % self.devices_per_node:
+            raise ValueError(
+                f"a mesh of {devices} devices does not fill nodes of --devices_per_node={self.devices_per_node}; make "
+                "the product of mesh.* a multiple of it"
+            )
+        return math.ceil(devices / self.devices_per_node)
 
     def _command(self, submission: Submission, nodes: int | None, follows: list[str]) -> list[str]:
         throttle = f"%{self.jobs}" if self.jobs else ""
@@ -142,14 +164,16 @@ class Slurm:
         known = {submission.name: submission for submission in submissions.unfinished(self.folder, self.name)}
         if not known:
             return {}
-        said = _ask(["squeue", "--array", "--noheader", f"--name={','.join(known)}", f"--format={SQUEUE_FORMAT}"])
+        said = _ask(
+            ["squeue", "--all", "--array", "--noheader", f"--name={','.join(known)}", f"--format={SQUEUE_FORMAT}"]
+        )
         found = {}
         for line in filter(str.strip, said.splitlines()):
             name, job, task, state, reason, nodes = line.strip().split("|")
             if name in known and task.isdigit():
                 pack = known[name].packs[int(task)]
                 found.setdefault(known[name].time, {})[pack] = Task(f"{job}_{task}", state, reason, nodes)
-        return {pack: task for time in sorted(found) for pack, task in found[time].items()}
+        return {pack: task for when in sorted(found) for pack, task in found[when].items()}
 
 
 def _max_array_size() -> int:
@@ -161,20 +185,6 @@ def _max_array_size() -> int:
 
 
 def _ask(command: list[str]) -> str:
-    """What a Slurm command prints.
-
-    Raises:
-      BackendError: it is not there, did not answer in time, or failed.
-    """
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_TIMEOUT_S)
-    except FileNotFoundError:
-        raise BackendError(
-            f"there is no {command[0]} on this machine; launch from a login node of the cluster"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise BackendError(f"{command[0]} did not answer within {ASK_TIMEOUT_S:.0f} s") from None
-    if done.returncode:
-        last = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise BackendError(f"{command[0]} failed: {last}")
-    return done.stdout
+    # SQUEUE_STATES and the like, from a user's shell, would hide jobs that are there.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    return ask(command, ASK_TIMEOUT_S, MISSING, env)

@@ -20,11 +20,16 @@ def chosen(folder: Path, mirror: str | None) -> str | None:
     """The mirror that is asked for, or the one that the study has.
 
     Raises:
-      ConfigError: it is not named like the study.
+      ConfigError: it is not named like the study, or not the one it has.
     """
+    before = (records.read_json(folder / FILE) or {}).get("mirror")
     if mirror is None:
-        return (records.read_json(folder / FILE) or {}).get("mirror")
+        return before
     mirror = mirror.rstrip("/")
+    if before not in (None, mirror):
+        raise ConfigError(
+            f"--mirror={mirror}: runs of {folder} have gone to {before}, and stay there; use another --out"
+        )
     if mirror.rpartition("/")[2] != folder.name:
         raise ConfigError(f"--mirror={mirror} must end in the study's name: --mirror={mirror}/{folder.name}")
     return mirror

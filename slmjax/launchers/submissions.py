@@ -19,12 +19,16 @@ from slmjax.launchers import Pack
 
 @dataclass(frozen=True)
 class Submission:
-    """One job, or one array of jobs, of a scheduler; task i of an array trains packs[i]."""
+    """One job, or one array of jobs, of a scheduler; task i of an array trains packs[i].
+
+    taken: whether the scheduler has said that it has it; until then it may not have heard of it yet.
+    """
 
     name: str
     backend: str
     packs: tuple[str, ...]
     time: float
+    taken: bool = False
 
     def path(self, folder: Path) -> Path:
         return folder / "submissions" / f"{self.name}.json"
@@ -52,7 +56,7 @@ def read(path: Path) -> Submission:
     """Raises ValueError: it is not a submission file."""
     said = json.loads(path.read_text())
     try:
-        return Submission(said["name"], said["backend"], tuple(said["packs"]), said["time"])
+        return Submission(said["name"], said["backend"], tuple(said["packs"]), said["time"], said["taken"])
     except (KeyError, TypeError):
         raise ValueError(f"{path} is not a submission file") from None
 

@@ -11,7 +11,6 @@ the end. What is done when is decided in `tpu_machine`, what runs on the machine
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import time
@@ -198,11 +197,7 @@ class Tpu:
     def _blame(self, note: Note) -> None:
         """Makes the reason that of the pack's runs, which will not be handed over again for it."""
         for run in launchers.read_pack(self.folder / "packs" / f"{note.pack}.json").unfinished:
-            (self.folder / run.run_id).mkdir(exist_ok=True)
-            path = self.folder / run.run_id / "status.json"
-            left = {"step": 0, "total_steps": run.config.train.steps, "loss": None, "tokens_per_s": 0, "attempt": 0}
-            now = {"state": "failed", "pid": os.getpid(), "time": time.time(), "reason": f"no TPU: {note.reason}"}
-            records.write_json(path, left | (records.read_json(path) or {}) | now)
+            records.write_failure(self.folder / run.run_id, run.config.train.steps, f"no TPU: {note.reason}")
             store.copy(self.folder, self.mirror, [f"{run.run_id}/status.json"])
 
     # --- commands ----------------------------------------------------------------------------------------------------
