@@ -216,8 +216,10 @@ def test_a_killed_process_ends_the_other(straight, tmp_path):
         runs.wait_for(lambda: runs.num_lines(pack.folder, run) > 16, children[0])
         began = time.monotonic()
         children[1].kill()
-        assert runs.ended(children[0], 2 * processes.HEARTBEAT_TIMEOUT_S) not in (0, 3)
-        print(f"the other ended after {time.monotonic() - began:.1f} s")
+        code = runs.ended(children[0], 2 * processes.HEARTBEAT_TIMEOUT_S)
+        print(f"the other ended after {time.monotonic() - began:.1f} s with code {code}")
+    assert code == 3 or code < 0, "it is to be started again, or JAX has ended it"
+    assert runs.load(pack.folder, run).status["state"] == "running", "nothing is wrong with the run"
     assert runs.train_here(pack.folder, run) == {run.run_id: "done"}
     assert records.read_lines(records.attempt_files(pack.folder / run.run_id)[1])[0]["step"] > 0
     assert_close(runs.losses(pack.folder, run), runs.losses(straight.folder, run))
