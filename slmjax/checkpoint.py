@@ -20,12 +20,10 @@ shards.
 """
 
 import functools
-import hashlib
 import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import threading
 
@@ -34,25 +32,26 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from slmjax import processes
+from slmjax.digests import (
+    DIGESTS,
+    FORMAT,
+    STEP_NAME,
+    CheckpointError,
+    Damaged,
+    digest_files,
+    fsync,
+    read_manifest,
+    verify,
+    write_manifest,
+)
 
-FORMAT = 1
 PACK_LIMIT_BYTES = 64 * 2**20  # beyond this the extra host copy and the single file cost more than the leaves they save
-DIGESTS = "digests.json"
 QUARANTINE = "quarantine"
 TEMPORARY = ".tmp-"
-STEP_NAME = re.compile(r"step-(\d{8,})")
 
 log = logging.getLogger(__name__)
 # Orbax looks for OCDBT parts to merge even when told to write none, and warns about each packed save.
 logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in str(record.msg))
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none that can be trusted is left. Never recovered from by starting over."""
-
-
-class _Bad(Exception):
-    """A step on disk is damaged; the message names the file. Stays inside this module."""
 
 
 class Checkpointer:
@@ -125,7 +124,7 @@ class Checkpointer:
                 return None
         else:
             processes.of_first(functools.partial(self._check_named, step))
-        manifest = processes.together(_read_manifest, self._path(step))
+        manifest = processes.together(read_manifest, self._path(step))
         _check_leaves(manifest["leaves"], wanted, self._path(step))
         leaves = self._read(step, manifest["layout"], manifest["leaves"], wanted)
         return step, jax.tree.unflatten(jax.tree.structure(abstract_state), list(leaves.values())), manifest["meta"]
@@ -188,9 +187,9 @@ class Checkpointer:
                 start()
             self._writer(manifest["layout"]).wait_until_finished()
             if processes.first():
-                _write_manifest(work, manifest | {"files": _digest_files(work)})
+                write_manifest(work, manifest | {"files": digest_files(work)})
                 os.rename(work, self._path(step))
-                _fsync(self.directory)
+                fsync(self.directory)
                 self._pinned[step] = manifest["pinned"]
                 self._collect()
         except BaseException as error:
@@ -221,8 +220,8 @@ class Checkpointer:
     def _is_pinned(self, step):
         if step not in self._pinned:
             try:
-                self._pinned[step] = _read_manifest(self._path(step))["pinned"]
-            except (_Bad, CheckpointError) as error:
+                self._pinned[step] = read_manifest(self._path(step))["pinned"]
+            except (Damaged, CheckpointError) as error:
                 log.error("step %d in %s is kept, its %s cannot be read: %s", step, self.directory, DIGESTS, error)
                 return True  # what we cannot read we do not delete
         return self._pinned[step]
@@ -234,9 +233,9 @@ class Checkpointer:
         bad = []
         for step in reversed(self._published()):
             try:
-                _verify(self._path(step))
+                verify(self._path(step))
                 return step
-            except _Bad as error:
+            except Damaged as error:
                 if not os.path.lexists(self._path(step)):
                     continue  # its writer collected it while we looked
                 self._quarantine(step, error)
@@ -255,8 +254,8 @@ class Checkpointer:
         if step not in self.steps():
             raise CheckpointError(f"no step {step} in {self.directory}; complete steps: {self.steps()}")
         try:
-            _verify(self._path(step))
-        except _Bad as error:
+            verify(self._path(step))
+        except Damaged as error:
             raise CheckpointError(f"step {step} in {self.directory} is damaged: {error}") from error
 
     def _quarantine(self, step, reason):
@@ -381,105 +380,3 @@ def _place(array, wanted):
     if sharding is None:
         return array.copy()  # not a view: one leaf must not keep the whole state alive
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index].copy())
-
-
-# ---- digests -------------------------------------------------------------------------------------
-
-
-def _digest(data):
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _digest_stream(f):
-    return hashlib.file_digest(f, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _digest_files(root):
-    """{relative path: [bytes, digest]} of all files below root, each flushed to the disk."""
-    files = {}
-    for folder, _, names in os.walk(root):
-        for name in names:
-            path = os.path.join(folder, name)
-            with open(path, "rb") as f:
-                digest = _digest_stream(f)
-                os.fsync(f.fileno())
-                files[os.path.relpath(path, root)] = [os.fstat(f.fileno()).st_size, digest]
-        _fsync(folder)
-    return dict(sorted(files.items()))
-
-
-def _fsync(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _write_manifest(root, manifest):
-    body = json.dumps(manifest)
-    with open(root / DIGESTS, "w") as f:
-        f.write(json.dumps({"digest": _digest(body.encode()), "body": body}))
-        f.flush()
-        os.fsync(f.fileno())
-    _fsync(root)
-
-
-def read_digests(content: bytes) -> dict:
-    """What a digests.json says: step, pinned, meta, and `files`, relative path → [bytes, digest], all but itself.
-
-    Raises:
-      ValueError: it is damaged; the message goes on after the file's name.
-    """
-    try:
-        outer = json.loads(content)
-        if _digest(outer["body"].encode()) == outer["digest"]:
-            return json.loads(outer["body"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"is not readable: {error}") from error
-    raise ValueError("does not match its own digest")
-
-
-def damage(root) -> str | None:
-    """What is wrong with a step's folder, wherever it was copied to; None when every file is as it was written."""
-    try:
-        _verify(pathlib.Path(root))
-    except _Bad as error:
-        return str(error)
-    return None
-
-
-def _read_manifest(root):
-    """The dict written by _write_manifest. Raises _Bad if damaged, CheckpointError if its format is newer than ours."""
-    if root.is_symlink() or (root / DIGESTS).is_symlink():
-        raise _Bad(f"{root} leads out of the run directory through a link")
-    try:
-        manifest = read_digests((root / DIGESTS).read_bytes())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise _Bad(f"{root / DIGESTS} is missing") from error
-    except ValueError as error:
-        raise _Bad(f"{root / DIGESTS} {error}") from error
-    if manifest["format"] > FORMAT:
-        raise CheckpointError(
-            f"{root} has format {manifest['format']}, this slmjax reads up to {FORMAT}; upgrade slmjax"
-        )
-    if STEP_NAME.fullmatch(root.name) and int(root.name[5:]) != manifest["step"]:
-        raise _Bad(f"{root} holds step {manifest['step']}")
-    return manifest
-
-
-def _verify(root):
-    """Compare every file of a step with its size and digest. Raises _Bad naming the first that differs."""
-    for name, (size, digest) in _read_manifest(root)["files"].items():
-        path = root / name
-        if ".." in pathlib.PurePath(name).parts or os.path.realpath(path) != os.path.join(os.path.realpath(root), name):
-            raise _Bad(f"{path} leads out of the step through a link")
-        try:
-            with open(path, "rb") as f:
-                found = os.fstat(f.fileno()).st_size
-                if found != size:
-                    raise _Bad(f"{path} has {found} bytes, not {size}")
-                if _digest_stream(f) != digest:
-                    raise _Bad(f"{path} does not match its digest")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise _Bad(f"{path} is missing") from error

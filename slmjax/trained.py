@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from slmjax import config, data, denoiser, ladder, models, objectives, records
-from slmjax.checkpoint import Checkpointer, CheckpointError
+from slmjax.checkpoint import Checkpointer
 from slmjax.config import ConfigError, RunConfig
 from slmjax.data import Dataset
 from slmjax.decoding.left_to_right import NextToken
 from slmjax.denoiser import Denoiser
+from slmjax.digests import CheckpointError
 from slmjax.models import Model
 from slmjax.objectives import Objective
 from slmjax.program import TrainState, abstract_state

@@ -21,7 +21,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from slmjax import checkpoint
+from slmjax import checkpoint, digests
 from slmjax.checkpoint import Checkpointer, CheckpointError
 
 LAYOUTS = ("packed", "tree")
@@ -136,8 +136,8 @@ def test_round_trip_is_bit_exact(layout, tmp_path):
 
 def test_saved_values_are_those_at_the_call(layout, tmp_path, monkeypatch):
     """The loop donates and overwrites its arrays while the save is still being written."""
-    go, digest_files = threading.Event(), checkpoint._digest_files
-    monkeypatch.setattr(checkpoint, "_digest_files", lambda root: go.wait(30) and digest_files(root))
+    go, digest_files = threading.Event(), checkpoint.digest_files
+    monkeypatch.setattr(checkpoint, "digest_files", lambda root: go.wait(30) and digest_files(root))
     numpy = numpy_state(1)
     state = (jnp.arange(300_000, dtype=jnp.float32), numpy)
     update = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
@@ -323,13 +323,13 @@ def test_a_step_number_lost_to_damage_can_be_saved_again(damaged):
 
 def rewrite_manifest(step_path, **changes):
     """What a careful forger or another version would write: digests.json with a valid digest of its own."""
-    manifest = checkpoint._read_manifest(step_path) | changes
-    checkpoint._write_manifest(step_path, manifest)
+    manifest = digests.read_manifest(step_path) | changes
+    digests.write_manifest(step_path, manifest)
 
 
 def test_newer_format_is_refused_not_quarantined(damaged):
     folder = damaged()
-    rewrite_manifest(step_dir(folder, 2), format=checkpoint.FORMAT + 1)
+    rewrite_manifest(step_dir(folder, 2), format=digests.FORMAT + 1)
     before = listing(folder)
     with Checkpointer(folder) as ckpt, pytest.raises(CheckpointError, match="format 2, this slmjax reads up to 1"):
         ckpt.restore(shapes(numpy_state(0)))
@@ -356,7 +356,7 @@ def test_nothing_outside_the_directory_is_read_or_moved(damaged, two_steps, tmp_
     folder = damaged()  # digests.json names a file elsewhere
     name = f"../../../{outside.name}/state/_METADATA"
     data = (outside / "state/_METADATA").read_bytes()
-    rewrite_manifest(step_dir(folder, 2), files={name: [len(data), checkpoint._digest(data)]})
+    rewrite_manifest(step_dir(folder, 2), files={name: [len(data), digests._digest(data)]})
     assert_falls_back(folder, caplog, "leads out of the step")
 
     folder = damaged()  # step 1 copied over step 2

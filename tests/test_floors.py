@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 
 FLOORS = {
-    0: "config paths records",
+    0: "config digests paths records",
     1: "ladder study",
     2: "scaling",
     3: "sharding data tokenizer schedules parametrization devices processes provenance signals",

@@ -13,7 +13,7 @@ from mirrored import FEATURES, LEASES, URL, Pushing, dead, mirror_of, put, train
 from object_store import bucket  # noqa: F401
 from runs import make_run
 
-from slmjax import checkpoint, cli, config, environment, launchers, paths, records
+from slmjax import cli, config, digests, environment, launchers, paths, records
 from slmjax.mirror import pull, session
 from slmjax.mirror.session import Mirror, MirrorError
 from slmjax.progress import Progress
@@ -47,7 +47,7 @@ def assert_whole(objects: dict[str, bytes], run, straight: Path, folder: Path) -
     done = [record for path in records.attempt_files(truth) for record in records.read_lines(path)]
     assert [line["kind"] for line in lines] == [line["kind"] for line in done[: len(lines)]]
     for step in (there / "checkpoints").glob("step-*"):
-        assert not (step / "digests.json").exists() or checkpoint.damage(step) is None
+        assert not (step / "digests.json").exists() or digests.damage(step) is None
     status = records.read_json(there / "status.json")
     if status is not None:
         assert status["step"] <= max([line["step"] for line in lines]), "the status is ahead of the records"
@@ -170,7 +170,7 @@ def test_a_slow_store_gets_steps_whole_that_are_collected_meanwhile(run, straigh
         bucket.fails = collect
         assert mirror._push() and not step.exists()
     there = unpack(bucket.objects, tmp_path / "there") / run.run_id / "checkpoints" / "step-00000008"
-    assert checkpoint.damage(there) is None
+    assert digests.damage(there) is None
     assert not list((folder / ".mirror").rglob("*.json"))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from slmjax import paths
+from slmjax import digests, paths
 
 STAGED = ".mirror"  # beside the runs: links to the steps that are being sent
 
@@ -119,7 +119,6 @@ class StoreSteps:
 
     def pull(self, step: int) -> bool:
         """Brings a step that the store has, unless it is here; whether it is here now, and good."""
-        from slmjax import checkpoint
 
         if step in self.local():
             return True
@@ -133,7 +132,7 @@ class StoreSteps:
             if said is None:
                 break
             self._bring(step, [*said["files"], "digests.json"], part)
-            wrong = checkpoint.damage(part)
+            wrong = digests.damage(part)
             if wrong is None:
                 os.rename(part, self.here / _name(step))
                 return True
@@ -150,10 +149,9 @@ class StoreSteps:
     @staticmethod
     def _digests(folder: paths.Path) -> dict | None:
         """What a step's digests.json says; None where there is none that can be read."""
-        from slmjax import checkpoint
 
         try:
-            return checkpoint.read_digests(paths.read_bytes(folder / "digests.json"))
+            return digests.read_digests(paths.read_bytes(folder / "digests.json"))
         except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
