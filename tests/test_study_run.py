@@ -223,6 +223,10 @@ def test_device_hours_count_every_attempt(tmp_path):
     assert budget.exceeded(tmp_path) is None
     budget.set_bound(tmp_path, 2.0)
     assert "2 device-hours are spent, of a budget of 2" in budget.exceeded(tmp_path)
+    with pytest.MonkeyPatch.context() as m:  # asked every few seconds, of all that a study has logged
+        loads = json.loads
+        m.setattr(records.json, "loads", lambda text: loads(text) if "kind" not in text else pytest.fail(text))
+        assert budget.exceeded(tmp_path)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
