@@ -120,4 +120,4 @@ def find_run(folder: Path, prefix: str) -> RunStatus:
 def is_here(run_dir: Path) -> bool:
     """Whether the run's lease was taken by a process of this machine."""
     holder = records.read_json(run_dir / lease.LEASE)
-    return holder is not None and holder["place"] == lease._place()
+    return holder is not None and holder["place"] == lease.place()
