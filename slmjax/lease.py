@@ -1,13 +1,12 @@
 """One writer per run directory: a lease on disk, taken, kept by the heartbeat of a thread, and handed back.
 
 Two trainers on one directory delete each other's checkpoints and log steps twice. The lease is `lease.json` in the
-run directory: who holds it, since when, and the last heartbeat. Standard library only. Never here: what the directory
-holds.
+run directory: who holds it, since when, and the last heartbeat. Never here: what the directory holds.
 
 Who is dead? A holder on this host (same boot, same process namespace): when its pid is gone, a zombie, or belongs to
 a process that started at another time. A holder elsewhere cannot be asked: when its last heartbeat is older than the
-ttl it announced, by the file system's clock (two modification times are compared, so skewed host clocks do not
-matter).
+ttl it announced: two modification times are compared. Where a file server sets them, as NFS does, skewed host clocks
+do not matter; on a file system that takes the writer's time the clocks must agree to a fraction of the ttl.
 
 Why two takers cannot both win: reading, judging and replacing `lease.json` happen inside an flock on `.lease.lock`,
 held for milliseconds and dropped by the kernel if its owner dies. Judging without it is the classic race: A and B
@@ -28,6 +27,8 @@ import threading
 import time
 import uuid
 
+from slmjax import paths
+
 LEASE = "lease.json"
 GUARD = ".lease.lock"
 GUARD_WAIT_S = 10.0  # the guard is held for milliseconds; longer means a frozen host or a file system without locks
@@ -46,6 +47,10 @@ class LeaseError(RuntimeError):
     """The run directory belongs to another writer: refused at entry, or lost to one since."""
 
 
+class LeaseTrouble(LeaseError):
+    """Whose the run directory is cannot be told: its lock or lease.json cannot be used."""
+
+
 class RunLease:
     """Context manager: the sole writer of `run_dir` (created if missing) for the length of the block.
 
@@ -59,8 +64,8 @@ class RunLease:
             raise ValueError(f"ttl_s={ttl_s} must be a positive number of seconds")
         self.run_dir, self.ttl_s = pathlib.Path(run_dir).absolute(), float(ttl_s)
         self._token = None
-        self._since = self._last_beat = 0.0
-        self._lost = None  # what the thread met
+        self._since = self._last_beat = self._due = 0.0
+        self._lost = None  # why it is ours no longer
         self._released = threading.Event()
         self._thread = None
 
@@ -82,35 +87,54 @@ class RunLease:
     def __exit__(self, *exc):
         self._released.set()
         self._thread.join()
-        with self._guard():
-            if self._is_ours():  # a forked child and a holder that lost its lease leave the file alone
-                os.unlink(self.run_dir / LEASE)
+        try:
+            with self._guard():
+                if self._is_ours():  # a forked child and a holder that lost its lease leave the file alone
+                    os.unlink(self.run_dir / LEASE)
+        except LeaseTrouble as error:  # what was trained is whole all the same
+            log.warning("%s could not be handed back: %s", self.run_dir, error)
         self._token = None
 
     def beat(self):
-        """Call at every step: raises LeaseError if another writer took over. Renews the lease too, where the thread is
-        late."""
+        """Call at every step: raises LeaseError if another writer took over, or might soon, because the lease could not
+        be renewed for half its ttl. Renews it too, where the thread is late."""
+        self._renew_if_due()
         if self._lost is not None:
             raise self._lost
-        if time.monotonic() - self._last_beat >= self.ttl_s / 4:
-            self._renew()
 
     def _keep(self):
-        while not self._released.wait(self.ttl_s / 4):
-            try:
-                self._renew()
-            except LeaseError as error:
-                self._lost = error
-                return
-            except OSError as error:  # a full disk may have room by the next time
-                log.warning("no heartbeat in %s: %s", self.run_dir, error)
+        while self._lost is None and not self._released.wait(max(0.0, self._due - time.monotonic())):
+            self._renew_if_due()
+
+    def _renew_if_due(self):
+        """What stands in the way, as the failover of a file server, may be gone soon: it is tried again."""
+        if self._lost is not None or time.monotonic() < self._due:
+            return
+        try:
+            self._renew()
+        except LeaseTrouble as error:
+            silent_s = time.monotonic() - self._last_beat
+            self._put_off(error)
+            if silent_s > self.ttl_s / 2:
+                self._lost = LeaseTrouble(f"no heartbeat for {silent_s:.0f} s, of {self.ttl_s:.0f} s at most: {error}")
+        except LeaseError as error:
+            self._lost = error
+        except OSError as error:  # a full disk may have room by the next time
+            self._put_off(error)
+
+    def _put_off(self, error):
+        log.warning("no heartbeat in %s: %s", self.run_dir, error)
+        self._due = time.monotonic() + self.ttl_s / 32
 
     def _renew(self):
         with self._guard():
             if not self._is_ours():
                 holder = self._holder()
-                now = f"it is held by {_describe(holder)}" if holder else f"{LEASE} is gone"
-                raise LeaseError(f"{self.run_dir} was lost to another writer: {now}; stop writing there")
+                if holder is None:
+                    raise LeaseTrouble(f"{self.run_dir / LEASE} is gone")
+                raise LeaseError(
+                    f"{self.run_dir} was lost to another writer: it is held by {_describe(holder)}; stop writing there"
+                )
             self._write(self._token)
 
     def left_s(self):
@@ -119,7 +143,7 @@ class RunLease:
             return 0.0
         with contextlib.suppress(LeaseError), self._guard():  # entering will say what is wrong with it
             holder = self._holder()
-            if holder is not None and holder["place"] != _place():
+            if holder is not None and holder["place"] != place():
                 return max(0.0, holder["ttl_s"] - self._age_s())
         return 0.0
 
@@ -129,8 +153,8 @@ class RunLease:
             "token": token,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "place": _place(),
-            "process_start": _process_start(os.getpid()),
+            "place": place(),
+            "process_start": process_start(os.getpid()),
             "since": self._since,
             "heartbeat": now,
             "ttl_s": self.ttl_s,
@@ -142,19 +166,20 @@ class RunLease:
             os.fsync(f.fileno())
         os.replace(temporary, self.run_dir / LEASE)
         self._last_beat = time.monotonic()
+        self._due = self._last_beat + self.ttl_s / 4
 
     def _holder(self):
         """The record in lease.json, or None if there is none."""
         path = self.run_dir / LEASE
         try:
-            holder = json.loads(path.read_text())
+            holder = json.loads(paths.read_text(path))
             for key in ("token", "host", "pid", "place", "process_start", "since", "heartbeat", "ttl_s"):
                 holder[key]
             return holder
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError) as error:
-            raise LeaseError(
+            raise LeaseTrouble(
                 f"{path} is not readable ({error!r}), so its writer cannot be judged; delete it if none is running"
             ) from error
 
@@ -167,8 +192,8 @@ class RunLease:
     def _judge(self, holder):
         """Return if the holder is dead, raise LeaseError if it is alive."""
         refused = f"{self.run_dir} is in use by {_describe(holder)}"
-        if holder["place"] == _place():
-            if _process_start(holder["pid"]) != holder["process_start"]:
+        if holder["place"] == place():
+            if process_start(holder["pid"]) != holder["process_start"]:
                 return
             raise LeaseError(f"{refused}; stop that process first")
         age_s = self._age_s()
@@ -198,12 +223,12 @@ class RunLease:
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
-                        raise LeaseError(
+                        raise LeaseTrouble(
                             f"{self.run_dir / GUARD} stayed locked for {GUARD_WAIT_S:.0f} s by another process"
                         ) from None
                     time.sleep(0.005)
                 except OSError as error:
-                    raise LeaseError(
+                    raise LeaseTrouble(
                         f"cannot lock {self.run_dir / GUARD} ({error}); run directories need a file system with flock"
                     ) from error
             yield
@@ -235,7 +260,7 @@ def _describe(holder):
     return f"pid {holder['pid']} on host {holder['host']} since {since}"
 
 
-def _place():
+def place():
     """Where a pid means the same process: host, boot and pid namespace (containers of one host do not share pids)."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -244,7 +269,7 @@ def _place():
         return socket.gethostname()
 
 
-def _process_start(pid):
+def process_start(pid):
     """When process `pid` started, as text that only this process has; None if it is gone or a zombie."""
     if os.path.isdir("/proc/self"):
         try:

@@ -14,7 +14,7 @@ import numpy as np
 
 from slmjax import config, data, evaluate, ladder, models, processes, records, schedules, upcycle
 from slmjax.checkpoint import Checkpointer
-from slmjax.lease import LeaseError, RunLease
+from slmjax.lease import LeaseError, LeaseTrouble, RunLease
 from slmjax.program import Metrics, Program
 from slmjax.provenance import provenance
 from slmjax.study import Run
@@ -281,8 +281,9 @@ class Member:
         """Ends the attempt with an error's reason; its traceback goes to error.txt in the run's folder."""
         self.state, self.reason = "failed", f"{type(error).__name__}: {error}"
         with contextlib.suppress(OSError):  # what failed may be the disk; the caller has the reason in any case
-            # A lost lease: lost to another writer, whose folder it is now.
-            if self.writes and not isinstance(error, LeaseError):
+            # Lost to another writer, it is that one's folder now.
+            is_ours = not isinstance(error, LeaseError) or isinstance(error, LeaseTrouble)
+            if self.writes and is_ours:
                 (self.folder / "error.txt").write_text("".join(traceback.format_exception(error)))
                 if self.writer is not None:
                     self._end("failed", self.reason, {}, None)

@@ -5,6 +5,7 @@ They have no append, no rename and no lock: an object is written whole, and is s
 between objects (a checkpoint's files and its digests) is for the order of the writes to give.
 """
 
+import errno
 import importlib.util
 import itertools
 import os
@@ -69,16 +70,15 @@ def names(folder: Path) -> list[str]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content. An object that is rewritten while it is read is read again."""
-    if not is_remote(path):
-        return path.read_bytes()
+    """A file's content. One that is replaced while it is read is read again."""
     for attempt in range(READ_TRIES):
         try:
             return path.read_bytes()
         except FileNotFoundError:
             raise
-        except OSError:
-            if attempt == READ_TRIES - 1:
+        except OSError as error:
+            # ESTALE: on NFS, of a file that another machine replaces meanwhile.
+            if attempt == READ_TRIES - 1 or not (is_remote(path) or error.errno == errno.ESTALE):
                 raise
             time.sleep(0.05)
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from typing import Any
 from slmjax import paths
 
 STATES = ("queued", "running", "preempted", "failed", "diverged", "done")
+TRAIN = '{"kind": "train", '  # how RunWriter begins these lines
+MOST_REMEMBERED = 20_000  # attempts: a few kB each
+_landmarks: dict[Path, tuple[tuple, list[dict]]] = {}  # (size, time of change), what was read
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -108,6 +112,7 @@ class RunRecords:
     evals: list[dict] = field(default_factory=list)
     end: dict | None = None  # the last attempt's; None while running or after a kill
     num_attempts: int = 0
+    device_hours: float = 0.0
 
     @property
     def done(self) -> bool:
@@ -127,20 +132,57 @@ def attempt_number(path: Path) -> int:
 def read_lines(path: Path) -> list[dict]:
     """The records of an attempt; a last line cut short by a kill is left out, any other bad line raises ValueError."""
     lines = paths.read_text(path).split("\n")
+    return _parsed(path, lines, range(len(lines)))
+
+
+def read_landmarks(path: Path) -> list[dict]:
+    """The records of an attempt without its `train` lines but the last two: what tells how it stands, and what it cost.
+
+    Train lines are nearly all of a file, and are not even parsed; the rest is remembered for as long as the file stays
+    as it is. So a table of hundreds of runs can be made anew every other second.
+    """
+    about = path.stat()
+    seen = (about.length, about.mtime) if paths.is_remote(path) else (about.st_size, about.st_mtime_ns)
+    before, landmarks = _landmarks.get(path, (None, []))
+    if before != seen:
+        lines = paths.read_text(path).split("\n")
+        passed = {i for i, line in enumerate(lines) if line.startswith(TRAIN)}
+        passed -= set(sorted(passed)[-2:])  # of two, one is whole
+        landmarks = _parsed(path, lines, [i for i in range(len(lines)) if i not in passed])
+        if len(_landmarks) >= MOST_REMEMBERED:
+            _landmarks.clear()
+        _landmarks[path] = seen, landmarks
+    return landmarks
+
+
+def _parsed(path: Path, lines: list[str], chosen: Iterable[int]) -> list[dict]:
     records = []
-    for number, line in enumerate(lines, 1):
-        if not line:
+    for i in chosen:
+        if not lines[i]:
             continue
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(lines[i]))
         except json.JSONDecodeError as error:
-            if number == len(lines):  # no newline after it: the write was cut
+            if i == len(lines) - 1:  # no newline after it: the write was cut
                 break
-            raise ValueError(f"{path}:{number}: not a JSON record ({error.msg})") from None
+            raise ValueError(f"{path}:{i + 1}: not a JSON record ({error.msg})") from None
     return records
 
 
-def load_run(run_dir: Path | str) -> RunRecords:
+def device_hours(attempt: list[dict]) -> float:
+    """What an attempt has cost up to its last line, from its records or its landmarks.
+
+    Its devices are those of its mesh, without those that other runs of its pack trained on.
+    """
+    start = next((record for record in attempt if record["kind"] == "start"), None)
+    if start is None:
+        return 0.0
+    devices = math.prod(size for axis, size in start.get("mesh", {}).items() if axis != "population")
+    return devices * max(record.get("wall_s", 0.0) for record in attempt) / 3600
+
+
+def load_run(run_dir: Path | str, read: Callable[[Path], list[dict]] = read_lines) -> RunRecords:
+    """read: of an attempt file; with `read_landmarks` `train` has little of it, and the run comes at once."""
     run_dir = paths.as_path(run_dir)
     run = RunRecords(
         run_dir.name,
@@ -149,9 +191,11 @@ def load_run(run_dir: Path | str) -> RunRecords:
         read_json(run_dir / "status.json"),
     )
     for path in attempt_files(run_dir):
+        attempt = read(path)
         run.num_attempts += 1
+        run.device_hours += device_hours(attempt)
         run.end = None
-        for record in read_lines(path):
+        for record in attempt:
             match record["kind"]:
                 case "start":
                     run.start = run.start or record
@@ -168,8 +212,12 @@ def load_run(run_dir: Path | str) -> RunRecords:
     return run
 
 
-def load_study(study_dir: Path | str) -> tuple[dict, dict[str, RunRecords]]:
+def load_study(
+    study_dir: Path | str, read: Callable[[Path], list[dict]] = read_lines
+) -> tuple[dict, dict[str, RunRecords]]:
     """study.json and the records of each of its runs that has a folder, in the study's order.
+
+    read: of an attempt file, as in `load_run`.
 
     Raises:
       ValueError: no study.json there.
@@ -182,7 +230,7 @@ def load_study(study_dir: Path | str) -> tuple[dict, dict[str, RunRecords]]:
 
     def load(run_id: str) -> RunRecords | None:
         folder = study_dir / run_id
-        return load_run(folder) if folder.is_dir() else None
+        return load_run(folder, read) if folder.is_dir() else None
 
     found = zip(run_ids, paths.each(study_dir, load, run_ids), strict=True)
     return study, {run_id: run for run_id, run in found if run is not None}

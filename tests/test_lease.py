@@ -1,5 +1,7 @@
 """Leases: one live writer per run directory, a dead one replaced unaided, never two at once."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -109,7 +111,7 @@ def test_other_host_is_judged_by_the_ttl_it_announced(held):
 
 
 def test_other_container_of_this_host_is_judged_by_its_heartbeat(held):
-    rewrite(held, place=lease._place() + "0", pid=2**22 + 1)  # the pid means nothing here
+    rewrite(held, place=lease.place() + "0", pid=2**22 + 1)  # the pid means nothing here
     with pytest.raises(LeaseError, match="heartbeat"), RunLease(held):
         pass
 
@@ -151,6 +153,48 @@ def test_the_heartbeat_goes_on_while_the_holder_is_busy(tmp_path):
     age(tmp_path, 50)
     time.sleep(0.5)
     assert RunLease(tmp_path)._age_s() > 49, "a released lease is not renewed"
+
+
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_passing_trouble_with_locks_ends_nothing(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with RunLease(tmp_path, ttl_s=100) as ours:
+        said = (tmp_path / "lease.json").read_text()
+        for _ in range(3):
+            age(tmp_path, 50)
+            with monkeypatch.context() as m:
+                m.setattr(fcntl, "flock", no_locks)
+                for seconds in (30, 10, 9):
+                    clock[0] += seconds
+                    ours.beat()
+            (tmp_path / "lease.json").write_text("")  # names nobody
+            ours.beat()
+            (tmp_path / "lease.json").write_text(said)
+            age(tmp_path, 50)
+            clock[0] += 100 / 32
+            ours.beat()
+            assert ours._age_s() < 10, "it is renewed again"
+
+
+def test_lasting_trouble_ends_the_run_before_another_may_take_it(tmp_path, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with RunLease(tmp_path, ttl_s=100) as ours:
+        with monkeypatch.context() as m:
+            m.setattr(fcntl, "flock", no_locks)
+            for seconds in (30, 10, 9):
+                clock[0] += seconds
+                ours.beat()
+            clock[0] += 4
+            with pytest.raises(lease.LeaseTrouble, match=r"no heartbeat for 53 s, of 100 s .*No locks available"):
+                ours.beat()
+            # Ending does not hang on it either; the dead process's lease is taken over like any other.
+            ours.__exit__(None, None, None)
+        ours._token = json.loads((tmp_path / "lease.json").read_text())["token"]
 
 
 def test_a_lease_held_elsewhere_is_waited_for(held, tmp_path_factory, capsys, monkeypatch):

@@ -41,7 +41,7 @@ def test_a_pack_that_another_process_trains_is_waited_for(run, bucket, tmp_path,
 
 
 def test_a_process_that_was_killed_here_is_not_waited_for(run, bucket, tmp_path, capsys):  # noqa: F811
-    hold(bucket, run, place=local_lease._place(), pid=2**22 + 1, heartbeat=time.time(), ttl_s=3600)
+    hold(bucket, run, place=local_lease.place(), pid=2**22 + 1, heartbeat=time.time(), ttl_s=3600)
     with mirror_of(tmp_path / "s", run):
         assert "is held" not in capsys.readouterr().err
 

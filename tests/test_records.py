@@ -135,3 +135,44 @@ def test_a_study_is_read_in_its_order_and_only_what_it_lists(tmp_path):
     assert loaded["a"].run_id == "a"
     with pytest.raises(ValueError, match=r"not a study folder.*study.json"):
         load_study(tmp_path / "a")
+
+
+def test_landmarks_tell_all_but_the_training(tmp_path):
+    attempt(tmp_path, 0, range(1, 50), evals=[10, 40])
+    attempt(tmp_path, 20, range(21, 40), evals=[30], cut=5)
+    attempt(tmp_path, 20, range(21, 60), evals=[50], end="done")
+    whole, told = load_run(tmp_path), load_run(tmp_path, records.read_landmarks)
+    assert len(whole.train) == 59 and len(told.train) < 5
+    whole.train = told.train = []
+    assert told == whole and [r["step"] for r in told.evals] == [10, 50] and told.done
+
+
+def test_what_a_run_has_cost_is_read_where_a_kill_cut_its_last_line(tmp_path):
+    writer = RunWriter(tmp_path)
+    writer.write("start", step=0, mesh={"population": 3, "data": 2})
+    for step in range(1, 6):
+        writer.write("train", step=step, wall_s=3600.0 * step)
+    writer.close()
+    path = records.attempt_files(tmp_path)[0]
+    assert [load_run(tmp_path, read).device_hours for read in (read_lines, records.read_landmarks)] == [10, 10]
+    path.write_bytes(path.read_bytes()[:-5])
+    assert [load_run(tmp_path, read).device_hours for read in (read_lines, records.read_landmarks)] == [8, 8]
+
+
+def test_landmarks_are_read_again_only_of_a_file_that_changed(tmp_path, monkeypatch):
+    attempt(tmp_path, 0, range(1, 50))
+    (path,) = records.attempt_files(tmp_path)
+    before, reads, read_text = records.read_landmarks(path), [], records.paths.read_text
+    monkeypatch.setattr(records.paths, "read_text", lambda path: reads.append(path) or read_text(path))
+    assert records.read_landmarks(path) == before and not reads
+    with path.open("a") as file:
+        file.write('{"kind": "end", "status": "done", "step": 49}\n')
+    assert records.read_landmarks(path)[-1]["kind"] == "end" and reads == [path]
+
+
+def test_only_so_many_landmarks_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MOST_REMEMBERED", 3)
+    for i in range(10):
+        attempt(tmp_path / str(i), 0, [1])
+        records.read_landmarks(*records.attempt_files(tmp_path / str(i)))
+    assert len(records._landmarks) <= 3

@@ -8,7 +8,7 @@ import pytest
 import runs
 from runs import make_run
 
-from slmjax import config, data, records
+from slmjax import config, data, lease, records
 from slmjax.checkpoint import Checkpointer
 
 EVERYTHING = {
@@ -282,6 +282,19 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(tmp_path):
     assert runs.train_here(folder, run) == {run.run_id: "done"}
     runs.train_here(tmp_path / "straight", run)
     runs.assert_same(tmp_path / "straight", folder, run)
+
+
+def test_a_lease_that_cannot_be_kept_is_the_runs_reason(tmp_path, monkeypatch):
+    """One that is lost to another writer is not written into that one's folder."""
+    run = make_run()
+    for error, said in (
+        (lease.LeaseTrouble("no heartbeat"), ("failed", "LeaseTrouble: no heartbeat")),
+        (lease.LeaseError("lost to another"), ("running", None)),
+    ):
+        monkeypatch.setattr(lease.RunLease, "beat", lambda self, error=error: exec("raise error", {"error": error}))
+        assert runs.train_here(tmp_path, run) == {run.run_id: "failed"}
+        status = records.read_json(tmp_path / run.run_id / "status.json")
+        assert (status["state"], status.get("reason")) == said
 
 
 def test_a_run_whose_data_fail_keeps_what_it_had(tmp_path, monkeypatch):

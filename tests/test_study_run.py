@@ -1,10 +1,13 @@
 """The local launcher on a real study: kills lose nothing, a failure is labelled, and what is done stays done."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -223,6 +226,10 @@ def test_device_hours_count_every_attempt(tmp_path):
     assert budget.exceeded(tmp_path) is None
     budget.set_bound(tmp_path, 2.0)
     assert "2 device-hours are spent, of a budget of 2" in budget.exceeded(tmp_path)
+    with pytest.MonkeyPatch.context() as m:  # asked every few seconds, of all that a study has logged
+        loads = json.loads
+        m.setattr(records.json, "loads", lambda text: loads(text) if "kind" not in text else pytest.fail(text))
+        assert budget.exceeded(tmp_path)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -297,6 +304,20 @@ def test_a_lock_is_free_when_its_holder_is_gone(tmp_path):
         with launchers.held(path) as again:
             assert not again
     assert launchers.holder_of(path) is None and Path(path).exists()
+
+
+def test_who_looks_whether_a_lock_is_held_keeps_nobody_from_it(tmp_path):
+    fd = launchers.take_lock(tmp_path / "x.lock")  # as `is_held` does
+    threading.Timer(0.02, os.close, [fd]).start()
+    with launchers.held(tmp_path / "x.lock") as mine:
+        assert mine
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    refusal = OSError(errno.ENOSYS, "not implemented")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: exec("raise refusal", {"refusal": refusal}))
+    with pytest.raises(ValueError, match=r"x\.lock cannot be locked \(.*not implemented\); .* file system with flock"):
+        launchers.take_lock(tmp_path / "x.lock")
 
 
 def test_a_process_pinned_to_a_core_sees_one():

@@ -139,7 +139,7 @@ def _plan(flags: FlagValues) -> int:
 
 
 def _run(flags: FlagValues) -> int:
-    from slmjax.launchers import budget, driver
+    from slmjax.launchers import budget, driver, table
 
     source = _source(flags)
     folder = Path(flags.out) / source.name
@@ -155,7 +155,7 @@ def _run(flags: FlagValues) -> int:
     except BackendError as error:
         print(f"slmjax study: {error}", file=sys.stderr)
         return 1
-    _show_status(folder, flags.json)
+    _show_status(table.look(folder), flags.json)
     if not flags.json:
         print(f"records, checkpoints and logs: {folder}")
         if exit_code == 3:
@@ -190,25 +190,26 @@ def _status(flags: FlagValues) -> int:
 
     folder = _folder(flags)
     if not flags.watch:
-        _show_status(folder, flags.json)
+        _show_status(table.look(folder), flags.json)
         return 0
+    if flags.json:
+        raise ConfigError("study status --json tells once; leave out --watch, or look again as often as is needed")
 
     def make_table(rows):
         return options.make_table(rows, table.LEFT, table.STYLES)
 
-    table.watch(folder, make_table, lambda: _show_status(folder, flags.json))
+    table.watch(folder, make_table, lambda seen: _show_status(seen, as_json=False))
     return 0
 
 
-def _show_status(folder: paths.Path, as_json: bool) -> None:
+def _show_status(look, as_json: bool) -> None:
     from slmjax.launchers import table
 
-    shown, below, rows = table.look(folder)
     if as_json:
-        options.print_json([table.to_json(row) for row in rows])
+        options.print_json([table.to_json(row) for row in look.rows])
         return
-    options.print_table(shown, left=table.LEFT, styles=table.STYLES)
-    print("\n".join(below))
+    options.print_table(look.shown, left=table.LEFT, styles=table.STYLES)
+    print("\n".join(look.notes))
 
 
 def _compare(flags: FlagValues) -> int:

@@ -124,14 +124,28 @@ def _blame(run_dir: Path, run: Run, error: Exception) -> None:
 # --- locks: held by an open file, so that the kernel drops them when their process dies ------------------------------
 
 
-def take_lock(path: Path) -> int | None:
-    """An open descriptor that holds the lock, to be kept open or handed to a child; None while another has it."""
+def take_lock(path: Path, tries: int = 1) -> int | None:
+    """An open descriptor that holds the lock, to be kept open or handed to a child; None while another has it.
+
+    tries: 2 where None means to give up, since `is_held` has a lock for a moment.
+
+    Raises:
+      ValueError: the file system has no such locks.
+    """
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(fd)
-        return None
+        if tries == 1:
+            return None
+        time.sleep(0.1)
+        return take_lock(path, tries - 1)
+    except OSError as error:
+        os.close(fd)
+        raise ValueError(
+            f"{path} cannot be locked ({error}); a study's folder needs a file system with flock"
+        ) from None
     return fd
 
 
@@ -166,7 +180,7 @@ def holder_of(path: Path) -> int | None:
 @contextlib.contextmanager
 def held(path: Path) -> Iterator[bool]:
     """Holds a lock for the length of the block; yields whether it could be had."""
-    fd = take_lock(path)
+    fd = take_lock(path, tries=2)
     if fd is None:
         yield False
         return

@@ -3,6 +3,7 @@
 Everything comes from the run folders, so processes of an earlier launch are shown as well.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ from slmjax.study import Run
 
 LOOK_INTERVAL_S = 1.0
 LINE_INTERVAL_S = 15.0
+MOST_LINES = 10  # of running runs, where there is no terminal to show them in place
 
 
 class Board:
@@ -59,16 +61,17 @@ class Board:
         self.looked_at = now
         for run in self.runs:
             self._tell_end(run)
-        lines = [line for pack in running for run in pack.unfinished if (line := self._line(run))]
+        told = [(run, self._status(run)) for pack in running for run in pack.unfinished]
+        told = [(run, said) for run, said in told if said.get("state") == "running"]
         head = self._head(num_waiting)
         if self.live:
             grid = rich.table.Table.grid()
-            for line in [*lines, head]:
+            for line in [*itertools.starmap(_line, told), head]:
                 grid.add_row(line)
             self.live.update(grid)
         elif running and now - self.printed_at > LINE_INTERVAL_S:
             self.printed_at = now
-            print("\n".join([head, *(f"  {line}" for line in lines)]), file=sys.stderr, flush=True)
+            print("\n  ".join([head, *_few_lines(told)]), file=sys.stderr, flush=True)
 
     def _tell_end(self, run: Run) -> None:
         if run.run_id in self.done:
@@ -82,13 +85,6 @@ class Board:
             if said["time"] > self.failed.get(run.run_id, self.began):
                 self.say(f"{said['state']:8} {_name(run)}  {said['reason']}")
             self.failed[run.run_id] = said["time"]
-
-    def _line(self, run: Run) -> str | None:
-        said = self._status(run)
-        if said.get("state") != "running":
-            return None
-        loss = f"{said['loss']:.3f}" if said.get("loss") else "-"
-        return f"{_name(run)}  step {said['step']}/{said['total_steps']}  loss {loss}  {said['tokens_per_s']:,} tok/s"
 
     def _head(self, num_waiting: int) -> str:
         paid, total = self._paid(), sum(self.cost.values())
@@ -115,6 +111,19 @@ class Board:
 
     def _status(self, run: Run) -> dict:
         return records.read_json(self.folder / run.run_id / "status.json") or {}
+
+
+def _few_lines(told: list[tuple[Run, dict]]) -> list[str]:
+    """One for each run or, of more than can be followed in a log, for the few that are furthest behind."""
+    if len(told) <= MOST_LINES:
+        return [*itertools.starmap(_line, told)]
+    behind = sorted(told, key=lambda each: each[1]["step"] / each[1]["total_steps"])[:3]
+    return [*itertools.starmap(_line, behind), f"{len(told) - len(behind)} others are further on"]
+
+
+def _line(run: Run, said: dict) -> str:
+    loss = f"{said['loss']:.3f}" if said.get("loss") else "-"
+    return f"{_name(run)}  step {said['step']}/{said['total_steps']}  loss {loss}  {said['tokens_per_s']:,} tok/s"
 
 
 def _name(run: Run) -> str:

@@ -32,17 +32,5 @@ def exceeded(folder: Path) -> str | None:
 
 def device_hours(folder: Path) -> float:
     """What all attempts of all runs in a study folder took, what was lost to kills included, up to their last line."""
-    return sum(run_device_hours(path.parent) for path in folder.glob("*/status.json"))
-
-
-def run_device_hours(run_dir: Path) -> float:
-    """A run's share: its devices are those of its mesh, without those that other runs of its pack trained on."""
-    total = 0.0
-    for path in records.attempt_files(run_dir):
-        lines = records.read_lines(path)
-        start = next((line for line in lines if line["kind"] == "start"), None)
-        if start is not None:
-            devices = math.prod(size for axis, size in start.get("mesh", {}).items() if axis != "population")
-            wall_s = max((line.get("wall_s", 0.0) for line in lines), default=0.0)
-            total += devices * wall_s / 3600
-    return total
+    files = (path for said in folder.glob("*/status.json") for path in records.attempt_files(said.parent))
+    return sum(records.device_hours(records.read_landmarks(path)) for path in files)

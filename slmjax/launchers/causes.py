@@ -12,7 +12,7 @@ CAUSES = (
         r"RESOURCE_EXHAUSTED|MemoryError|out of memory|OUT_OF_MEMORY",
         "fewer rows at a time: raise optim.micro_batches",
     ),
-    ("disk", r"No space left|Disk quota|OSError|Errno (5|28|122)\b", "free space, then run it again"),
+    ("disk", r"No space left|Disk quota|Errno (5|28|122)\b", "free space, then run it again"),
     (
         "data",
         r"DataError|data\.sources|FileNotFoundError|was trained on .* and the data are now",

@@ -51,7 +51,7 @@ class Local:
 
     def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
         for pack in packs:
-            lock = launchers.take_lock(pack.path("lock"))
+            lock = launchers.take_lock(pack.path("lock"), tries=2)
             if lock is None:
                 raise BackendError(f"pack {pack.name} is being trained by another process")
             place = self._take_place()

@@ -7,7 +7,6 @@ from typing import Any
 
 from slmjax import lease, paths, records
 from slmjax.config import ConfigError
-from slmjax.launchers import budget
 from slmjax.launchers.pull import PULLED
 from slmjax.mirror import lease as store_lease
 
@@ -43,7 +42,7 @@ def study_status(folder: paths.Path) -> list[RunStatus]:
     Raises:
       ValueError: `folder` is no study.
     """
-    plan, logged = records.load_study(folder)
+    plan, logged = records.load_study(folder, records.read_landmarks)
     holders = store_lease.holders(folder)
     copied = (records.read_json(folder / PULLED) or {}).get("time")
 
@@ -80,7 +79,7 @@ def _of_run(
         heartbeat_s=max(0.0, time.time() - said["time"]) if "time" in said else None,
         attempts=run.num_attempts if run else 0,
         eta_s=_eta_s(run, said) if state == "running" else None,
-        device_hours=budget.run_device_hours(run_dir) if run else 0.0,
+        device_hours=run.device_hours if run else 0.0,
         pid=said.get("pid") if state == "running" else None,
         reason=said.get("reason") or (_died(holder) if state == "killed" else None),
     )
@@ -121,4 +120,4 @@ def find_run(folder: Path, prefix: str) -> RunStatus:
 def is_here(run_dir: Path) -> bool:
     """Whether the run's lease was taken by a process of this machine."""
     holder = records.read_json(run_dir / lease.LEASE)
-    return holder is not None and holder["place"] == lease._place()
+    return holder is not None and holder["place"] == lease.place()

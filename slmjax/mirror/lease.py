@@ -121,8 +121,8 @@ class StoreLease:
             "trains": trains,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "place": lease._place(),
-            "process_start": lease._process_start(os.getpid()),
+            "place": lease.place(),
+            "process_start": lease.process_start(os.getpid()),
             "since": self.since,
             "heartbeat": time.time(),
             "ttl_s": self.ttl_s,
@@ -153,8 +153,8 @@ def alive(holder: dict, now: float | None = None) -> bool:
 
     now: when what is known of it was current.
     """
-    if now is None and holder["place"] == lease._place():
-        return lease._process_start(holder["pid"]) == holder["process_start"]
+    if now is None and holder["place"] == lease.place():
+        return lease.process_start(holder["pid"]) == holder["process_start"]
     return (time.time() if now is None else now) - holder["heartbeat"] <= holder["ttl_s"]
 
 
