@@ -8,7 +8,7 @@ import pytest
 import runs
 
 from slmjax import launchers, records
-from slmjax.launchers import backends, budget, driver
+from slmjax.launchers import backends, budget, driver, table
 from slmjax.launchers.backend import BackendError, Seen, chain_packs
 from slmjax.launchers.local import Local, Place
 from slmjax.study import Cell, Study, axis
@@ -189,3 +189,17 @@ def test_a_pack_of_another_version_says_so_in_its_runs(tmp_path):
     launchers.refuse_pack(path, error.value)
     status = records.load_run(folder / pack.runs[0].run_id).status
     assert status["state"] == "failed" and "planned by another version" in status["reason"]
+
+
+def test_a_process_that_ended_before_it_began_is_told(tmp_path):
+    plan = Study("s", runs.make_config(), axis("train.seed", [0, 1]))
+    folder = plan.save(tmp_path)
+    first, second = chain_packs(plan, folder, set())
+    launchers.write_packs([first, second])
+    assert [row["reason"] for row in table.look(folder).shown] == ["", ""]
+    first.path("log").write_text("slmjax: command not found\n")
+    reasons = {row["run"]: row["reason"] for row in table.look(folder).shown}
+    assert reasons[second.runs[0].run_id] == "" and f"logs {first.runs[0].run_id}" in reasons[first.runs[0].run_id]
+    fd = launchers.take_lock(first.path("lock"))
+    assert [row["reason"] for row in table.look(folder).shown] == ["", ""], "it is about to begin"
+    os.close(fd)

@@ -52,6 +52,14 @@ def in_hand(folder: Path) -> tuple[dict[str, tuple[str, Seen]], list[str]]:
     return found, troubles
 
 
+def begun_by(folder: Path) -> set[str]:
+    """run_ids of all packs that a process was started for, or a scheduler given, and that none here trains now."""
+    names = {name for path in (folder / "submissions").glob("*.json") for name in submissions.read(path).packs}
+    names |= {path.stem for path in folder.glob("packs/*.log") if not launchers.is_held(path.with_suffix(".lock"))}
+    packs = (records.read_json(folder / "packs" / f"{name}.json") for name in names)
+    return {run["run_id"] for pack in packs if pack for run in pack["runs"]}
+
+
 def output_command(folder: Path, run_id: str, follow: bool) -> list[str]:
     """A command that shows what the processes of a run's pack have printed, where it was handed over last.
 

@@ -3,6 +3,7 @@
 import bisect
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ LONG = ("tags", "reason")
 OVER = ("done", "failed", "diverged")
 ACTIVE = ("running", "starting", "waiting")
 BY_URGENCY = (*ACTIVE, "failed", "diverged", "killed", "preempted", "queued", "done")
+UNSAID = "its process ended before it began; slmjax study logs {} --output says what it printed"
 INTERVAL_S, LINES_INTERVAL_S = 2.0, 60.0
 
 
@@ -37,12 +39,19 @@ class Look(NamedTuple):
 def look(folder: Path) -> Look:
     scheduled, troubles = backends.in_hand(folder)  # first: asking may bring the records home
     rows = status.study_status(folder)
+    ended = set() if paths.is_remote(folder) or troubles else backends.begun_by(folder) - set(scheduled)
+    rows = [replace(row, reason=UNSAID.format(row.run_id)) if _unsaid(row, ended) else row for row in rows]
     shown = [_row(row, scheduled.get(row.run_id)) for row in rows]
     states = [row["state"] for row in shown]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     hours = sum(row.device_hours for row in rows)
     notes = [f"{counts} of {len(rows)} runs, {hours:.3g} device-hours"]
     return Look(shown, notes + causes.summary(rows) + troubles, rows, troubles)
+
+
+def _unsaid(row: RunStatus, ended: set[str]) -> bool:
+    """Whether the run's process has ended before it could say anything: no environment, no memory, no budget."""
+    return row.state == "queued" and row.run_id in ended
 
 
 def _row(row: RunStatus, scheduled) -> dict[str, str]:
