@@ -146,7 +146,8 @@ def test_the_heartbeat_goes_on_while_the_holder_is_busy(tmp_path):
     with RunLease(tmp_path, ttl_s=0.8) as ours:
         time.sleep(1.5)  # as in a compilation: nobody calls beat
         assert ours._age_s() < 0.6
-        rewrite(tmp_path, token="theirs", host="node7", pid=7)
+        with ours._guard():  # as every writer does: a heartbeat in between would take it back
+            rewrite(tmp_path, token="theirs", host="node7", pid=7)
         time.sleep(0.5)
         with pytest.raises(LeaseError, match="lost to another writer: it is held by pid 7 on host node7"):
             ours.beat()
