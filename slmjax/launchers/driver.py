@@ -68,8 +68,8 @@ class _Driver:
         self.plan, self.folder, self.place = plan, folder, place
         seen = place.poll()
         before = {name: launchers.read_pack(folder / "packs" / f"{name}.json") for name in seen}
-        self.busy = {run.run_id for pack in before.values() for run in pack.runs}
-        packs = {pack.name: pack for pack in place.packs(plan, folder, self.busy)}
+        busy = {run.run_id for pack in before.values() for run in pack.runs}
+        packs = {pack.name: pack for pack in place.packs(plan, folder, busy)}
         self.in_hand = {name: packs.pop(name, pack) for name, pack in before.items()}
         self.waiting = [pack for pack in packs.values() if pack.unfinished]
         self.board = Board(folder, plan.runs)
