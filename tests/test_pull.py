@@ -111,6 +111,18 @@ def test_again_only_what_is_new(study, store, bucket, tmp_path):  # noqa: F811
     assert records.load_run(tmp_path / "ladder" / "running").train[-1]["step"] == 401
 
 
+def test_a_look_at_a_store_downloads_an_attempt_once_and_again_when_it_has_grown(store, bucket):  # noqa: F811
+    bucket.requests.clear()
+    before = status.study_status(store)
+    read = [name for name in bucket.names("read") if "attempt-" in name]
+    assert len(read) == len(set(read)) == sum(row.attempts for row in before) > 6
+    bucket.requests.clear()
+    name = "b/root/ladder/running/attempt-000.jsonl"
+    bucket.change(name, bucket.objects[name] + b'{"kind": "eval", "step": 401, "loss": 2.5, "bits_per_byte": 0.5}\n')
+    (row,) = (row for row in status.study_status(store) if row.run_id == "running")
+    assert row.bits_per_byte == 0.5 and [n for n in bucket.names("read") if "attempt-" in n] == [name]
+
+
 def test_stopped_anywhere_a_copy_that_says_done_is_complete(study, store, bucket, tmp_path):  # noqa: F811
     pull.pull(store, tmp_path / "whole")
     total, whole = len(bucket.requests), files(tmp_path / "whole" / "ladder")
