@@ -232,7 +232,7 @@ def test_a_line_refuses_no_budget():
 
 @pytest.mark.slow
 def test_tao(scaling_data):
-    """Approach 1 to every printed digit, approach 2's exponent and vocabularies, as `slmjax fit --verify` prints them."""
+    """Approach 1 to every printed digit, approach 2's exponent and vocabularies; `slmjax fit --verify` prints them."""
     from slmjax.scaling.verify import tao
 
     checks = list(tao.checks(scaling_data))
