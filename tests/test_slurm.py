@@ -336,6 +336,13 @@ def ends(folder):
     return found
 
 
+def run_of(folder, job):
+    """The one run of a task of the study's one array, given as Slurm names it."""
+    (path,) = (folder / "submissions").glob("*.json")
+    (run,) = launchers.read_pack(submissions.pack_file(path, int(job.split("_")[1]))).runs
+    return run.run_id
+
+
 def tasks(conf, state="RUNNING"):
     said = slurm_cluster.run(conf, "squeue", "--array", "-h", "-t", state, "-o", "%F_%K %N")
     return [line.split() for line in said.splitlines()]
@@ -343,9 +350,9 @@ def tasks(conf, state="RUNNING"):
 
 def operate(conf):
     """What an operator does after a controller died: it has forgotten its last seconds, and trusts its nodes less."""
-    for line in slurm_cluster.run(conf, "sinfo", "-h", "-N", "-o", "%N %T %E").splitlines():
-        node, state, reason = line.split(maxsplit=2)
-        if "drain" in state and reason.startswith("Duplicate jobid"):
+    for line in slurm_cluster.run(conf, "sinfo", "-h", "-N", "-o", "%N %T").splitlines():
+        node, state = line.split()
+        if "drain" in state:  # by the controller, which knows of a job there no more; or again, its end forgotten
             slurm_cluster.run(conf, "scontrol", "update", f"NodeName={node}", "State=RESUME")
     said = slurm_cluster.run(conf, "squeue", "--array", "-h", "-t", "PENDING", "-o", "%F_%K|%r")
     for job, reason in (line.split("|") for line in said.splitlines()):
@@ -374,16 +381,22 @@ def test_faults_of_every_kind_cost_nothing(study_file, cluster, tmp_path):
         return sum(row.state == "done" for row in status.study_status(folder))
 
     def running():
-        """Tasks that have begun to train, so that a fault finds something to lose."""
-        rows = {row.run_id for row in status.study_status(folder) if row.state == "running" and row.step}
+        """Tasks whose runs have begun to train, so that a fault finds something to lose."""
         slurm_cluster.wait_for(lambda: operate(cluster) or tasks(cluster) or done() == 12, 180)
-        nodes.update(node for _, node in tasks(cluster))
-        return tasks(cluster) if rows else []
+        found = tasks(cluster)
+        nodes.update(node for _, node in found)
+        training = {row.run_id for row in status.study_status(folder) if row.state == "running" and row.step}
+        return [(job, node) for job, node in found if run_of(folder, job) in training]
 
     def requeue(job):
-        slurm_cluster.run(cluster, "scontrol", "requeue", job)
+        """Whether the task was requeued; one that was about to end has ended."""
+        slurm_cluster.run(cluster, "scontrol", "requeue", job, check=False)
+        time.sleep(1)
+        if not any(job == each for state in ("PENDING", "COMPLETING") for each, *_ in tasks(cluster, state)):
+            return False
         slurm_cluster.wait_for(lambda: any(job == each for each, *_ in tasks(cluster, "PENDING")), 60)
         hurry(cluster, job)
+        return True
 
     killed = False
     while requeued < 5 or len(drained) < 2 or not killed:
@@ -395,22 +408,23 @@ def test_faults_of_every_kind_cost_nothing(study_file, cluster, tmp_path):
         if len(drained) < 2 and requeued > 2 * len(drained):
             node = draw.choice(sorted({node for _, node in found}))
             slurm_cluster.run(cluster, "scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
-            for job, where in found:
-                if where == node:
-                    requeue(job)  # a drained node lets its jobs end; an impatient operator does not
-            slurm_cluster.wait_for(lambda node=node: node not in {where for _, where in tasks(cluster)}, 60)
-            slurm_cluster.run(cluster, "scontrol", "update", f"NodeName={node}", "State=RESUME")
+            try:
+                for job, where in found:
+                    if where == node:
+                        requeue(job)  # a drained node lets its jobs end; an impatient operator does not
+                slurm_cluster.wait_for(lambda node=node: node not in {where for _, where in tasks(cluster)}, 120)
+            finally:
+                slurm_cluster.run(cluster, "scontrol", "update", f"NodeName={node}", "State=RESUME")
             drained.append(node)
         elif requeued == 3 and not killed:
             slurm_cluster.kill_controller(cluster)
             again = study(*line)
             assert again.returncode == 1 and "squeue" in again.stderr, "nobody knows what is in the queue"
             slurm_cluster.start_controller(cluster)
-            slurm_cluster.wait_for(lambda: tasks(cluster) or done() == 12)
+            slurm_cluster.wait_for(lambda: operate(cluster) or tasks(cluster) or done() == 12)
             killed = True
         else:
-            requeue(draw.choice(found)[0])
-            requeued += 1
+            requeued += requeue(draw.choice(found)[0])
         print(
             f"{time.strftime('%X')} {done()} done, {requeued} requeued, drained {drained}, killed {killed}", flush=True
         )
