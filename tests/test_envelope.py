@@ -230,7 +230,6 @@ def test_a_line_refuses_no_budget():
         Line(0.0, 1.0, 0.0, np.empty(0), np.empty(0)).at(0)
 
 
-@pytest.mark.slow
 def test_tao(scaling_data):
     """Approach 1 to every printed digit, approach 2's exponent and vocabularies; `slmjax fit --verify` prints them."""
     from slmjax.scaling.verify import tao
