@@ -32,7 +32,7 @@ def get_study(arg="12"):
     c = base.get_config("tiny")
     c.data.sources, c.data.tokenizer, c.data.seq_len = ("markov:16:1",), "none", 16
     base.resize(c, 32, 1, 16)
-    c.train.batch_size, c.train.eval_sequences, c.train.steps = 8, 16, 3000
+    c.train.batch_size, c.train.eval_sequences, c.train.steps = 8, 16, 5000
     c.schedule.warmup_steps = 5
     c.log.tensorboard, c.log.log_every, c.log.eval_every, c.log.checkpoint_every = False, 50, 0, 100
     cells = product(axis("train.seed", [0, 1, 2]), axis("optim.lr", [0.001, 0.002, 0.005, 0.01]))
@@ -353,11 +353,11 @@ def operate(conf):
     for line in slurm_cluster.run(conf, "sinfo", "-h", "-N", "-o", "%N %T").splitlines():
         node, state = line.split()
         if "drain" in state:  # by the controller, which knows of a job there no more; or again, its end forgotten
-            slurm_cluster.run(conf, "scontrol", "update", f"NodeName={node}", "State=RESUME")
+            slurm_cluster.run(conf, "scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
     said = slurm_cluster.run(conf, "squeue", "--array", "-h", "-t", "PENDING", "-o", "%F_%K|%r")
     for job, reason in (line.split("|") for line in said.splitlines()):
         if "held" in reason.lower():
-            slurm_cluster.run(conf, "scontrol", "release", job)
+            slurm_cluster.run(conf, "scontrol", "release", job, check=False)
 
 
 def hurry(conf, job):
