@@ -137,3 +137,11 @@ def has_start(folder: Path, run: Run) -> bool:
 def show_file(path: Path, follow: bool) -> list[str]:
     """The command that shows a log file, and with `follow` what comes to it; -F waits for a file that is to come."""
     return ["tail", "-n", "+1", *(["-F"] if follow else []), str(path)]
+
+
+def require_script(script: Path | None, needed: str) -> None:
+    """Raises ValueError: no script was named, or it is not there; `needed` says what is."""
+    if script is None:
+        raise ValueError(needed)
+    if not script.exists():
+        raise ValueError(f"there is no {script}; {needed}")

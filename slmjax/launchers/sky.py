@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slmjax.launchers import Pack, store, submissions
-from slmjax.launchers.backend import BackendError, Seen, chain_packs
+from slmjax.launchers.backend import BackendError, Seen, chain_packs, require_script
 from slmjax.launchers.command import NoAnswer, Refused, ask, require
 from slmjax.launchers.submissions import Submission
 from slmjax.study import Study
 
+NO_SCRIPT = "--on=sky needs a task file; copy one of launch/sky/, edit it, and name it by --script"
 ASK_TIMEOUT_S = 120.0
 LAUNCH_TIMEOUT_S = 1800.0  # the first launch makes the machine that the jobs are managed from
 SETTLE_S = LAUNCH_TIMEOUT_S + 900.0  # after which a job that SkyPilot has not heard of was never taken
@@ -53,13 +54,13 @@ class Sky:
         return chain_packs(plan, folder, busy, self.chains_per_pack)
 
     def preview(self, packs: list[Pack], after: Mapping[str, set[str]]) -> list[str]:
-        self._check_script()
+        require_script(self.script, NO_SCRIPT)
         planned = [submissions.plan(self.folder, self.name, [pack], earlier=i) for i, pack in enumerate(packs)]
         commands = [shlex.join(self._command(submission)) for submission in planned]
         return [*commands, f"# {self.script}:", self.script.read_text().rstrip()]
 
     def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
-        self._check_script()
+        require_script(self.script, NO_SCRIPT)
         require("sky", MISSING)
         store.send(self.folder, self.mirror, packs)
         for pack in packs:
@@ -102,11 +103,6 @@ class Sky:
                 ask(["sky", "jobs", "cancel", "--name", submission.name, "--yes"], ASK_TIMEOUT_S, MISSING)
                 asked.append(f"managed job {job['job_id']} {submission.name}")
         return asked
-
-    def _check_script(self) -> None:
-        if self.script is None or not self.script.exists():
-            missing = "--on=sky needs a task file" if self.script is None else f"there is no {self.script}"
-            raise ValueError(f"{missing}; copy one of launch/sky/, edit it, and name it by --script")
 
     def _command(self, submission: Submission) -> list[str]:
         variables = {

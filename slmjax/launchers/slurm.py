@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slmjax.launchers import Pack, submissions
-from slmjax.launchers.backend import BackendError, Seen, chain_packs, show_file
+from slmjax.launchers.backend import BackendError, Seen, chain_packs, require_script, show_file
 from slmjax.launchers.command import Refused, ask
 from slmjax.launchers.submissions import Submission
 from slmjax.study import Study
 
+NO_SCRIPT = "--on=slurm needs a batch script; copy launch/slurm/job.sh, edit it, and name it by --script"
 ASK_TIMEOUT_S = 60.0
 SETTLE_S = 120.0  # after which a job that Slurm has not listed was never taken
 UNSURE = re.compile(r"timed out|unable to contact|socket|zero bytes|communication", re.IGNORECASE)
@@ -65,13 +66,13 @@ class Slurm:
         return chain_packs(plan, folder, busy, self.chains_per_pack)
 
     def preview(self, packs: list[Pack], after: Mapping[str, set[str]]) -> list[str]:
-        self._check_script()
+        require_script(self.script, NO_SCRIPT)
         planned = self._planned(packs, after, most=None)
         commands = [shlex.join(self._command(submission, nodes, [])) for submission, nodes, _ in planned]
         return [*commands, f"# {self.script}:", self.script.read_text().rstrip()]
 
     def submit(self, packs: list[Pack], after: Mapping[str, set[str]]) -> None:
-        self._check_script()
+        require_script(self.script, NO_SCRIPT)
         queue = self._queue() if any(after.values()) else {}
         for submission, nodes, follows in self._planned(packs, after, _max_array_size()):
             path = submissions.write(self.folder, submission)
@@ -107,11 +108,6 @@ class Slurm:
         if jobs:
             _ask(["scancel", *jobs])
         return [f"Slurm job {job}" for job in jobs]
-
-    def _check_script(self) -> None:
-        if self.script is None or not self.script.exists():
-            missing = "--on=slurm needs a batch script" if self.script is None else f"there is no {self.script}"
-            raise ValueError(f"{missing}; copy launch/slurm/job.sh, edit it, and name it by --script")
 
     def _planned(self, packs: list[Pack], after: Mapping[str, set[str]], most: int | None):
         """Submissions with nodes and what they follow: one array for each resource shape and such set."""
